@@ -1,0 +1,1 @@
+"""Normal images in: splits that cannot leak, captions, one file a data set."""
