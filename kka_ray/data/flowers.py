@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 
@@ -42,6 +42,12 @@ CENTRE_COLOURS: dict[str, tuple[int, int, int]] = {
     "green": (120, 170, 60),
     "white": (240, 238, 225),
     "black": (38, 32, 36),
+}
+_PATTERN_WORDS = {
+    "plain": "",
+    "spotted": " with dark spots",
+    "striped": " with dark stripes",
+    "tipped": " with dark tips",
 }
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "green grass": ((70, 120, 50), (110, 160, 80)),
@@ -167,12 +173,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def caption(flower: Flower, scene: Scene, rng: np.random.Generator) -> str:
     """A caption in the style of the Oxford-102 captions: always the species attributes, sometimes the scene."""
     count, shape, colour, centre = COUNTS[flower.petals], flower.shape, flower.colour, flower.centre
-    pattern = {
-        "plain": "",
-        "spotted": " with dark spots",
-        "striped": " with dark stripes",
-        "tipped": " with dark tips",
-    }[flower.pattern]
+    pattern = _PATTERN_WORDS[flower.pattern]
     heads = (
         f"this flower has {count} {shape} {colour} petals{pattern} and a {centre} center",
         f"a flower with {count} {shape} {colour} petals{pattern} and a {centre} center",
@@ -184,6 +185,19 @@ def caption(flower: Flower, scene: Scene, rng: np.random.Generator) -> str:
     if scene.leaves:
         tails += [" with green leaves", f" with green leaves on {scene.background}"]
     return str(rng.choice(heads)) + str(rng.choice(tails))
+
+
+def brief_caption(flower: Flower, rng: np.random.Generator) -> str:
+    """A caption that leaves out some attributes, as people do; it teaches a renderer to fill in what is not said."""
+    said = {name for name in ATTRIBUTES if rng.random() < 0.6} or {"colour"}
+    petals = [COUNTS[flower.petals]] if "petals" in said else []
+    petals += [getattr(flower, name) for name in ("shape", "colour") if name in said]
+    text = " ".join([str(rng.choice(["a flower with", "this flower has"])), *petals, "petals"])
+    if "pattern" in said:
+        text += _PATTERN_WORDS[flower.pattern]
+    if "centre" in said:
+        text += f" and a {flower.centre} center"
+    return text
 
 
 def draw(flower: Flower, scene: Scene, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
@@ -351,9 +365,12 @@ def make_test_anomalies(count: int, seed: int) -> list[DrawnFlower]:
     return [make(sample_anomaly(rng, int(d), held_out=True), rng) for d in distances]
 
 
-def make_renderer_data(count: int, seed: int) -> list[DrawnFlower]:
-    """`count` flowers for training renderers and classifiers: all attribute values, no held-out combination."""
-    rng = np.random.default_rng([seed, 2])
+def make_renderer_data(count: int, seed: int, shard: int = 0) -> list[DrawnFlower]:
+    """`count` flowers for training renderers and classifiers: all attribute values, no held-out combination.
+
+    Shards of the same seed differ and can be drawn by different processes.
+    """
+    rng = np.random.default_rng([seed, 2, shard])
     out = []
     while len(out) < count:
         flower = Flower(**{name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()})
@@ -362,7 +379,10 @@ def make_renderer_data(count: int, seed: int) -> list[DrawnFlower]:
             distance = int(rng.integers(0, 3))
             flower = sample_normal(rng) if distance == 0 else sample_anomaly(rng, distance, held_out=False)
         if not flower.is_held_out:
-            out.append(make(flower, rng))
+            drawn = make(flower, rng)
+            if rng.random() < 0.3:
+                drawn = replace(drawn, caption=brief_caption(flower, rng))
+            out.append(drawn)
     return out
 
 

@@ -1,0 +1,374 @@
+"""What a run is. Every field says its unit and range; unknown keys are refused.
+
+This module imports neither torch nor ray, so that a configuration can be read and checked anywhere at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class FlowersData(Strict):
+    """The built-in demo domain of procedurally drawn flowers."""
+
+    kind: Literal["flowers"]
+    normals: int = Field(2000, ge=10, description="normal images, training and validation together")
+    test_normals: int = Field(600, ge=1)
+    test_anomalies: int = Field(600, ge=1)
+    validation: float = Field(0.2, gt=0, lt=1, description="share of the normals kept for validation")
+
+
+class Cifar100Data(Strict):
+    """CIFAR-100 in Parquet: one superclass is normal, every other class a test anomaly."""
+
+    kind: Literal["cifar100"]
+    path: str = Field(description="folder with train-*.parquet and test-*.parquet")
+    superclass: str = "household_furniture"
+    validation: int = Field(250, ge=1, description="normal train images kept for validation")
+
+
+class Oxford102Data(Strict):
+    """Oxford-102 flowers in Parquet: one class is normal, split by folds because it is small."""
+
+    kind: Literal["oxford102"]
+    path: str
+    label: int = Field(25, ge=0, le=101, description="normal class, from 0; 25 is the corn poppy")
+    folds: int = Field(5, ge=2)
+    fold: int = Field(0, ge=0, description="the fold of the normal images that is tested on")
+    validation: float = Field(0.2, gt=0, lt=1)
+
+
+class UcmData(Strict):
+    """UC Merced land use with captions, in Parquet: split by scene, because neighbouring pictures overlap."""
+
+    kind: Literal["ucm_captions"]
+    path: str
+    labels: tuple[int, ...] = (19, 20)
+    test: float = Field(0.25, gt=0, lt=1, description="share of the normal scenes that is tested on")
+    validation: float = Field(0.2, gt=0, lt=1)
+
+
+class FolderData(Strict):
+    """A folder of normal images; `test/good` and `test/<defect>` as in MVTec AD, where there are test images."""
+
+    kind: Literal["folder"]
+    path: str
+    description: str = Field(description="what the normal images show, in a few words: 'a steel screw'")
+    captions: str | None = Field(None, description="CSV with the columns file and caption; else sidecar .txt files")
+    validation: float = Field(0.2, gt=0, lt=1)
+    max_pixels: int = Field(64_000_000, gt=0, description="larger images are refused before they are decoded")
+
+
+Data = Annotated[
+    FlowersData | Cifar100Data | Oxford102Data | UcmData | FolderData, Field(discriminator="kind")
+]
+
+
+# --- features -----------------------------------------------------------------------------------------------------
+
+
+class BackboneConfig(Strict):
+    """The frozen image encoder."""
+
+    model: str = Field("builtin:efficientnet-lite0", description="builtin:, hub: or a folder (transformers)")
+    image_size: int = Field(96, ge=32, le=1024, description="images are resized to this square, in pixels")
+    batch: int = Field(64, ge=1)
+
+
+# --- describe -----------------------------------------------------------------------------------------------------
+
+
+class TransformersSampler(Strict):
+    """Sampling with transformers: batched, with a key-value cache. Repeats bit for bit."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: str = "builtin:smollm2-135m-instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, else float32"
+    )
+    batch: int = Field(64, ge=1)
+    trust_remote_code: bool = False
+
+
+class VllmSampler(Strict):
+    """Sampling with vLLM. Continuous batching; does not promise to repeat bit for bit."""
+
+    kind: Literal["vllm"]
+    model: str = "builtin:smollm2-135m-instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel: int = Field(1, ge=1)
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that the engine takes")
+    max_model_len: int = Field(2048, ge=64)
+    quantization: str | None = None
+    trust_remote_code: bool = False
+
+
+Sampler = Annotated[TransformersSampler | VllmSampler, Field(discriminator="kind")]
+
+
+class GuardConfig(Strict):
+    """Which lines are refused before they are drawn."""
+
+    min_words: int = Field(3, ge=1)
+    max_words: int = Field(40, ge=2)
+    near_duplicate: float = Field(
+        0.985, gt=0, le=1, description="cosine of sentence embeddings from which a line is a copy; 1 switches it off"
+    )
+    subject_similarity: float = Field(
+        0.62, gt=0, le=1, description="cosine from which a line's subject is the normal class; 1 switches it off"
+    )
+    normal_vocabulary: bool = Field(
+        False, description="refuse a line all of whose words occur in the normal captions: it says nothing new"
+    )
+
+
+class DescribeConfig(Strict):
+    """How anomalies are described."""
+
+    sampler: Sampler = TransformersSampler()
+    prompts: int = Field(16, ge=1, description="few-shot prompts, one a group of representative normals")
+    examples: int = Field(5, ge=1, description="captions in a prompt")
+    instruction: str | None = Field(None, description="first line of every prompt; by default made from the subject")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(40, ge=4)
+    chunk: int = Field(64, ge=1, description="lines that are sampled, stored and retried together")
+    guard: GuardConfig = GuardConfig()
+
+
+# --- render -------------------------------------------------------------------------------------------------------
+
+
+class MaskConfig(Strict):
+    """A random blob within which an image-to-image edit happens: defects are local."""
+
+    min_area: float = Field(0.05, gt=0, le=1, description="share of the image")
+    max_area: float = Field(0.3, gt=0, le=1)
+
+
+class RenderConfig(Strict):
+    """How descriptions are drawn: any diffusers pipeline."""
+
+    pipeline: str = Field("builtin:flowers", description="builtin:, hub: or a folder with a diffusers pipeline")
+    mode: Literal["text2img", "img2img"] = "text2img"
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(2.5, ge=0)
+    strength: float = Field(0.6, gt=0, le=1, description="img2img: 1 forgets the normal photograph")
+    mask: MaskConfig | None = Field(None, description="img2img: edit within a random mask only")
+    width: int | None = Field(None, ge=8, description="pixels; by default the pipeline's own")
+    height: int | None = Field(None, ge=8)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    chunk: int = Field(32, ge=1, description="images that are drawn, stored and retried together")
+    trust_remote_code: bool = False
+
+
+# --- judge --------------------------------------------------------------------------------------------------------
+
+
+class DeepSad(Strict):
+    """Deep SAD on frozen backbone features, or on pixels with autoencoder pretraining."""
+
+    kind: Literal["deep_sad"] = "deep_sad"
+    input: Literal["features", "pixels"] = "features"
+    width: int = Field(128, ge=2, description="dimensions of the embedding")
+    epochs: int = Field(60, ge=1)
+    pretrain_epochs: int = Field(20, ge=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    eta: float = Field(1.0, gt=0, description="weight of labelled anomalies")
+    batch: int = Field(256, ge=2)
+
+
+class KnnEvaluator(Strict):
+    """Mean cosine distance to the nearest training normals. Learns nothing from the drawn images."""
+
+    kind: Literal["knn"]
+    neighbours: int = Field(5, ge=1)
+
+
+Evaluator = Annotated[DeepSad | KnnEvaluator, Field(discriminator="kind")]
+
+
+class ConfusionConfig(Strict):
+    """How drawn images are sorted into hard and easy."""
+
+    evaluator: Evaluator = DeepSad()
+    folds: int = Field(3, ge=2, description="cross-fitting: no image is judged by an evaluator that trained on it")
+    rule: Literal["band", "paper"] = Field("band", description="paper: hard <= max of the normals + 0, easy = the worst")
+    lower_quantile: float = Field(0.95, ge=0, le=1, description="of validation normals: closer is normal-like")
+    upper: float = Field(6.0, gt=0, description="upper edge of the hard band, in MADs above the normal median")
+    gap: float = Field(2.0, ge=0, description="easy begins this many MADs above the hard band")
+    paper_easy: int = Field(100, ge=1, description="rule paper: so many images with the largest scores are easy")
+
+
+# --- prefer -------------------------------------------------------------------------------------------------------
+
+
+class PreferenceConfig(Strict):
+    """Direct preference optimisation of the describing model."""
+
+    beta: float = Field(0.1, gt=0)
+    reference: Literal["base", "previous"] = "base"
+    rejected: tuple[Literal["easy", "normal_like", "guarded"], ...] = Field(
+        ("easy",), description="what a hard line is preferred to: easy ones, drawn normals, lines that the guard refused"
+    )
+    min_pairs: int = Field(8, ge=1, description="with fewer the round is stalled and DPO is left out")
+    max_pairs: int = Field(256, ge=1)
+    steps: int = Field(30, ge=1)
+    batch: int = Field(16, ge=1, description="pairs a step, over all workers")
+    micro_batch: int = Field(8, ge=1, description="pairs that one worker computes at once")
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: int = Field(5, ge=0)
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    max_length: int = Field(1024, ge=16)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_4bit: bool = Field(False, description="quantised base model; needs CUDA and bitsandbytes")
+    workers: int = Field(1, ge=1)
+
+
+# --- loop ---------------------------------------------------------------------------------------------------------
+
+
+class LoopConfig(Strict):
+    """The rounds. Round 0 is the zero-th iteration: one batch of generated anomalies, no DPO before it."""
+
+    mode: Literal["rep", "add"] = Field("rep", description="rep: a set of fixed size; add: it grows each round")
+    rounds: int = Field(2, ge=0, description="rounds after the zero-th, each preceded by DPO")
+    lines: int = Field(256, ge=1, description="lines that the language model writes a round")
+    budget: float = Field(0.05, gt=0, le=1, description="images kept, as a share of the normals")
+    min_budget: int = Field(0, ge=0, description="images kept at least, where the share is less")
+
+
+# --- detect -------------------------------------------------------------------------------------------------------
+
+
+class SimpleNet(Strict):
+    """SimpleNet on a frozen backbone; generated anomalies are further negatives of its discriminator."""
+
+    kind: Literal["simplenet"] = "simplenet"
+    width: int = Field(512, ge=8, description="dimensions of the adapted feature")
+    hidden: int = Field(256, ge=8, description="hidden units of the discriminator")
+    noise: float = Field(0.015, gt=0, description="standard deviation of the feature noise, features at unit scale")
+    margin: float = Field(0.5, gt=0)
+    epochs: int = Field(40, ge=1)
+    batch: int = Field(64, ge=1, description="images a step")
+    learning_rate: float = Field(1e-3, gt=0)
+    anomaly_weight: float = Field(1.0, ge=0)
+
+
+class Knn(Strict):
+    """Mean cosine distance to the nearest training normals. Ignores anomalies."""
+
+    kind: Literal["knn"]
+    neighbours: int = Field(5, ge=1)
+
+
+class Mahalanobis(Strict):
+    """Mahalanobis distance, the covariance shrunk towards its mean trace. Ignores anomalies."""
+
+    kind: Literal["mahalanobis"]
+    shrinkage: float = Field(0.1, ge=0, le=1)
+
+
+class LinearHead(Strict):
+    """Logistic regression of normals against anomalies; alone, or fused with k-NN. Needs anomalies."""
+
+    kind: Literal["head", "fused"]
+    c: float = Field(1.0, gt=0, description="inverse strength of the regularisation")
+    neighbours: int = Field(5, ge=1)
+
+
+Detector = Annotated[SimpleNet | Knn | Mahalanobis | LinearHead, Field(discriminator="kind")]
+
+
+class DetectConfig(Strict):
+    """The detectors that the anomaly set is tried on, and the one that is served."""
+
+    detectors: tuple[Detector, ...] = (SimpleNet(), Knn(kind="knn"), LinearHead(kind="fused"))
+    headline: str = Field("simplenet", description="kind of the detector in the headline table and in the service")
+    seeds: int = Field(3, ge=1)
+    false_positive_rate: float = Field(0.05, gt=0, lt=1, description="of validation normals, sets the threshold")
+    controls: tuple[Literal["noise", "cutpaste", "drawn_normals"], ...] = Field(
+        ("noise", "cutpaste"), description="anomaly sets without a language model, of equal size, for comparison"
+    )
+    workers: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _headline_is_there(self) -> DetectConfig:
+        kinds = [d.kind for d in self.detectors]
+        if self.headline not in kinds:
+            raise ValueError(f"headline {self.headline!r} is not among the detectors: {', '.join(kinds)}")
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"each kind of detector may appear once, got {', '.join(kinds)}")
+        return self
+
+
+# --- where it runs ------------------------------------------------------------------------------------------------
+
+
+class PoolConfig(Strict):
+    """A pool of actors: how many, and what each takes."""
+
+    workers: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0, description="logical CPUs of an actor; 0 for a GPU actor on a full machine")
+    gpus: float = Field(0, ge=0, description="GPUs of an actor, fractions allowed")
+    threads: int = Field(1, ge=1, description="threads that an actor computes with; part of the store's keys")
+
+
+class ClusterConfig(Strict):
+    """The Ray cluster and the shares of it."""
+
+    address: str | None = Field(None, description="None starts a local cluster; auto or ray://HOST:PORT joins one")
+    samplers: PoolConfig = PoolConfig()
+    renderers: PoolConfig = PoolConfig()
+    train_cpus: float = Field(1, ge=0, description="logical CPUs of a Ray Train worker")
+    train_gpus: float = Field(0, ge=0)
+    train_threads: int = Field(2, ge=1)
+    in_flight: int = Field(2, ge=1, description="chunks a worker may have waiting")
+    max_restarts: int = Field(3, ge=0, description="times that a dead actor is started again")
+    chunk_timeout: float = Field(900, gt=0, description="seconds after which a chunk counts as hung")
+
+
+class TrackingConfig(Strict):
+    """Where MLflow keeps the results."""
+
+    uri: str | None = Field(None, description="None: a SQLite file beside the runs, for one machine only")
+    experiment: str = "kka"
+
+
+class StoreConfig(Strict):
+    """Where stage outputs are kept: a folder or any fsspec URI."""
+
+    uri: str = "runs/store"
+
+
+class RunConfig(Strict):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    seed: int = 0
+    data: Data
+    backbone: BackboneConfig = BackboneConfig()
+    describe: DescribeConfig = DescribeConfig()
+    render: RenderConfig = RenderConfig()
+    confusion: ConfusionConfig = ConfusionConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    loop: LoopConfig = LoopConfig()
+    detect: DetectConfig = DetectConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    store: StoreConfig = StoreConfig()
+    output: str = Field("runs", description="folder of the runs; this one's is OUTPUT/NAME")

@@ -1,0 +1,1 @@
+"""Image anomaly detectors under one contract: fit, score, heatmap, save, load."""

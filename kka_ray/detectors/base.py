@@ -1,0 +1,48 @@
+"""The contract of a detector: it is fitted on features of normal images, and of anomalies where there are any."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from kka_ray.features.base import Features
+
+
+class Detector(ABC):
+    """Scores features of images; higher is more anomalous. An image-level detector is `kka_ray.detectors.tuned`.
+
+    A detector is made from its configuration (`kka_ray.config.models`) and does nothing before `fit` or `restore`.
+    """
+
+    needs_patches: ClassVar[bool] = False
+    """Whether `Features.patches` must be there."""
+
+    needs_anomalies: ClassVar[bool] = False
+    """Whether `fit` raises ValueError without anomalies."""
+
+    @abstractmethod
+    def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:
+        """Fits to training normals and, if any are given, anomalies.
+
+        `validation` are normals for standardising scores that are summed; nothing else may be learned from them.
+        Deterministic given the seed and the thread count. What is fitted is that of the last epoch.
+        """
+
+    @abstractmethod
+    def score(self, features: Features) -> np.ndarray:
+        """Anomaly scores, float32 (N,), finite; independent of how images are batched."""
+
+    def heatmap(self, features: Features) -> np.ndarray | None:
+        """Anomaly scores by place, float32 (N, h, w) on the patch grid; None where the method has none."""
+        return None
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was fitted: tensors for safetensors, and JSON values."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
+        """The inverse of `state`; returns itself."""

@@ -1,0 +1,1 @@
+"""Frozen encoders that several stages need: image backbones and text embeddings."""

@@ -1,0 +1,186 @@
+"""Training of the built-in text-to-image network by flow matching. Plain torch: `kka_ray.cluster` puts it on Ray Train."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kka_ray.features.text import TextEncoder
+from kka_ray.render.transformer import FlowTransformer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Images uint8 (N, S, S, 3) with, for each, token states (N, T, D) in float16 and their mask (N, T)."""
+
+    images: np.ndarray
+    text: Tensor
+    mask: Tensor
+
+    @classmethod
+    def encode(cls, images: np.ndarray, captions: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TrainingData:
+        """Encodes the captions once; they do not change while the network learns."""
+        unique = sorted(set(captions))
+        text = torch.zeros(len(unique), max_tokens, 384, dtype=torch.float16)
+        mask = torch.zeros(len(unique), max_tokens, dtype=torch.bool)
+        for start in range(0, len(unique), 256):
+            states, present = encoder.tokens(unique[start : start + 256], max_tokens)
+            text[start : start + len(states), : states.shape[1]] = states.half()
+            mask[start : start + len(states), : states.shape[1]] = present
+        row = {caption: i for i, caption in enumerate(unique)}
+        rows = torch.tensor([row[c] for c in captions])
+        longest = int(mask.sum(1).max())
+        return cls(images, text[rows, :longest], mask[rows, :longest])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: AdamW with a warm-up and a linear final decay, an average of the weights, captions dropped."""
+
+    steps: int
+    batch: int = 128
+    learning_rate: float = 8e-4
+    warmup: int = 200
+    decay_from: float = 0.7
+    """Share of the steps after which the learning rate falls linearly to a hundredth."""
+    drop_text: float = 0.1
+    ema: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 500
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """The learning rate at a step: warm-up, plateau, linear decay to a hundredth."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    start = settings.decay_from * settings.steps
+    if step < start:
+        return settings.learning_rate
+    return settings.learning_rate * (1 - 0.99 * (step - start) / max(settings.steps - start, 1))
+
+
+def flow_loss(network: torch.nn.Module, images: Tensor, text: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity, times drawn from a logit-normal; images (B, 3, S, S) in [-1, 1]."""
+    noise = torch.randn(images.shape, generator=generator)
+    time_ = torch.sigmoid(torch.randn(len(images), generator=generator) - 0.4)
+    at = time_[:, None, None, None]
+    noisy = at * images + (1 - at) * noise
+    clean = network(noisy, time_, text, mask)
+    # The velocity is (clean - noisy) / (1 - t); the floor keeps the last steps from ruling the loss.
+    return (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
+
+
+class Trainer:
+    """One rank's training state. Every step draws its batch, noise and times from the seed and the step's number, so
+    that a run resumed from a checkpoint repeats the uninterrupted one."""
+
+    def __init__(self, network: FlowTransformer, settings: Settings, rank: int = 0, world: int = 1) -> None:
+        self.network, self.settings, self.rank, self.world = network, settings, rank, world
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        decayed = [p for p in network.parameters() if p.ndim >= 2]
+        others = [p for p in network.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        self.step = 0
+
+    def train_step(self, data: TrainingData, forward: torch.nn.Module | None = None) -> float:
+        """One optimiser step on this rank's share of the batch; returns the loss.
+
+        `forward` is the network as wrapped for data-parallel training, by default the network itself.
+        """
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
+        rows = torch.randint(len(data.images), (settings.batch,), generator=generator)
+        flip = torch.rand(settings.batch, generator=generator) < 0.5
+        keep = torch.rand(settings.batch, generator=generator) >= settings.drop_text
+        share = slice(self.rank, None, self.world)
+        rows, flip, keep = rows[share], flip[share], keep[share]
+        generator.manual_seed(settings.seed * 1_000_003 + self.step * self.world + self.rank + 500_000_000)
+
+        images = torch.from_numpy(data.images[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        mask = data.mask[rows] & keep[:, None]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_loss(forward or self.network, images, data.text[rows].float(), mask, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            weight = min(settings.ema, (1 + self.step) / (10 + self.step))
+            for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(new, 1 - weight)
+        return float(loss)
+
+    def save(self, folder: Path) -> None:
+        """Everything that a resumed training needs, as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+        state["step"] = torch.tensor(self.step)
+        temporary = folder / ".training.safetensors"
+        save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+        temporary.rename(folder / "training.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`."""
+        state = load_file(folder / "training.safetensors")
+        self.step = int(state.pop("step"))
+        part = lambda name: {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")}  # noqa: E731
+        self.network.load_state_dict(part("network"))
+        self.average.load_state_dict(part("average"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimizer").items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(
+            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+
+
+def train(
+    trainer: Trainer, data: TrainingData, folder: Path, report: Callable[[dict[str, float]], None]
+) -> FlowTransformer:
+    """Trains to `settings.steps`, saving checkpoints into `folder` and resuming from one that is there.
+
+    `report` gets step, loss (a mean since the last report), learning rate and images a second every 50 steps.
+    Returns the averaged network. Raises FloatingPointError if the loss is not finite.
+    """
+    if (folder / "training.safetensors").is_file():
+        trainer.load(folder)
+    settings, losses, since = trainer.settings, [], time.perf_counter()
+    while trainer.step < settings.steps:
+        losses.append(trainer.train_step(data))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss became {losses[-1]} at step {trainer.step}; lower the learning rate")
+        if trainer.step % 50 == 0:
+            seconds = time.perf_counter() - since
+            report(
+                {
+                    "step": trainer.step,
+                    "loss": float(np.mean(losses)),
+                    "learning_rate": learning_rate(trainer.step, settings),
+                    "images_per_second": len(losses) * settings.batch / seconds,
+                }
+            )
+            losses, since = [], time.perf_counter()
+        if trainer.step % settings.checkpoint_every == 0 or trainer.step == settings.steps:
+            trainer.save(folder)
+    return trainer.average

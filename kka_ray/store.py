@@ -1,0 +1,244 @@
+"""Content-addressed outputs of stages, on any fsspec storage.
+
+An output is a folder of files under `STORE/STAGE/KEY/`. Its key is a hash of everything that determines its content,
+so an output that is there need not be made again, by this run or by any other. Files are written into a folder of the
+attempt's own; the marker `committed.json`, written last, names that folder and the SHA-256 of each file. An output
+without a marker does not exist. Two attempts at the same output do no harm: they have the same content, and the later
+marker wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kka_ray.errors import ResourceError, StoreError
+
+_MARKER = "committed.json"
+
+
+def stage_key(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
+    """The key of a stage's output: 24 hex digits of SHA-256 over the stage, its version and all that it depends on.
+
+    `inputs` must be JSON-serialisable: the stage's configuration, the keys of the outputs it reads, the identities of
+    its models, its dtype and thread count, the versions of the libraries that compute.
+    """
+    text = json.dumps({"stage": stage, "version": version, "inputs": inputs}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A committed output. Files are checked against their SHA-256 as they are read."""
+
+    store: Store
+    stage: str
+    key: str
+    marker: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to make, wall time."""
+        return float(self.marker["seconds"])
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in it."""
+        return sorted(self.marker["files"])
+
+    def read(self, name: str) -> bytes:
+        """The content of a file. Raises StoreError if it is missing or damaged."""
+        if name not in self.marker["files"]:
+            raise StoreError(f"{self.stage}/{self.key} has no file {name!r}; it has {self.files}")
+        path = self.store.path(self.stage, self.key, self.marker["attempt"], name)
+        try:
+            content = self.store.filesystem.cat_file(path)
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} is missing although it was committed; delete {self.stage}/{self.key}") from error
+        if hashlib.sha256(content).hexdigest() != self.marker["files"][name]:
+            raise StoreError(f"{path} is damaged (SHA-256 differs); delete {self.stage}/{self.key} and run again")
+        return content
+
+    def table(self, name: str = "data") -> pa.Table:
+        """The table that was written under `name`."""
+        return pq.read_table(io.BytesIO(self.read(f"{name}.parquet")))
+
+    def json(self, name: str) -> Any:
+        """The JSON value that was written under `name`."""
+        return json.loads(self.read(f"{name}.json"))
+
+    def download(self, folder: Path) -> Path:
+        """Copies every file into `folder`, in the same sub-folders, and returns it."""
+        for name in self.files:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.read(name))
+        return folder
+
+    @cached_property
+    def local(self) -> Path:
+        """A folder on this machine with the files: the store's own where it is local, else a copy in a temporary one."""
+        if self.store.is_local:
+            for name in self.files:
+                self.read(name)
+            return Path(self.store.path(self.stage, self.key, self.marker["attempt"]))
+        return self.download(Path(tempfile.mkdtemp(prefix=f"kka-{self.stage}-")))
+
+
+@dataclass
+class Attempt:
+    """An output in the making. Nothing of it can be read before it is committed."""
+
+    store: Store
+    stage: str
+    key: str
+    name: str = field(default_factory=lambda: f"attempt-{uuid.uuid4().hex[:12]}")
+    files: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file; `name` may hold sub-folders."""
+        path = self.store.path(self.stage, self.key, self.name, name)
+        self.store.put(path, content)
+        self.files[name] = hashlib.sha256(content).hexdigest()
+
+    def table(self, table: pa.Table, name: str = "data") -> None:
+        """Writes a table as Parquet."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write(f"{name}.parquet", buffer.getvalue())
+
+    def json(self, value: Any, name: str) -> None:
+        """Writes a JSON value. NaN is refused: JSON has none."""
+        self.write(f"{name}.json", (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def folder(self, folder: Path) -> None:
+        """Writes every file below a local folder."""
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self.write(file.relative_to(folder).as_posix(), file.read_bytes())
+
+
+class Store:
+    """Outputs of stages below a URI (`/path`, `file:///path`, `s3://bucket/prefix`, `memory://...`)."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        try:
+            self.filesystem, root = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"cannot open the store {uri!r}: {error}") from error
+        self.root = root.rstrip("/")
+        self.is_local = "file" in self.filesystem.protocol
+
+    def path(self, *parts: str) -> str:
+        """A path inside the store."""
+        return posixpath.join(self.root, *parts)
+
+    def put(self, path: str, content: bytes) -> None:
+        """Writes a whole file. Raises ResourceError if the storage is full or refuses."""
+        try:
+            self.filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
+            self.filesystem.pipe_file(path, content)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write {path} ({len(content) / 1e6:.1f} MB): {error}. Free some room or move the store "
+                "(`-o store.uri=...`), then run the same command again: finished stages are not repeated"
+            ) from error
+
+    def find(self, stage: str, key: str) -> Output | None:
+        """The output if it was committed, else None."""
+        path = self.path(stage, key, _MARKER)
+        try:
+            marker = json.loads(self.filesystem.cat_file(path))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:
+            return None  # a marker cut short by a full disk: its output was never committed
+        return Output(self, stage, key, marker)
+
+    def commit(self, attempt: Attempt, inputs: Mapping[str, Any]) -> Output:
+        """Writes the marker, after which the output exists. `inputs` is what its key was made of."""
+        marker = {
+            "attempt": attempt.name,
+            "files": attempt.files,
+            "inputs": dict(inputs),
+            "seconds": round(time.perf_counter() - attempt.started, 3),
+        }
+        content = (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode()
+        path = self.path(attempt.stage, attempt.key, _MARKER)
+        if self.is_local:
+            # A rename is atomic; object stores replace whole objects anyhow.
+            temporary = self.path(attempt.stage, attempt.key, f".{attempt.name}.json")
+            self.put(temporary, content)
+            Path(temporary).replace(path)
+        else:
+            self.put(path, content)
+        return Output(self, attempt.stage, attempt.key, marker)
+
+    def get_or_make(
+        self, stage: str, version: int, inputs: Mapping[str, Any], make: Callable[[Attempt], None]
+    ) -> Output:
+        """The output for these inputs, made by `make(attempt)` if it is not there.
+
+        An exception of `make` leaves no output behind and is passed on.
+        """
+        key = stage_key(stage, version, inputs)
+        found = self.find(stage, key)
+        if found is not None:
+            return found
+        attempt = Attempt(self, stage, key)
+        try:
+            make(attempt)
+            return self.commit(attempt, inputs)
+        except BaseException:
+            self.discard(attempt)
+            raise
+
+    def discard(self, attempt: Attempt) -> None:
+        """Deletes what an attempt wrote."""
+        path = self.path(attempt.stage, attempt.key, attempt.name)
+        if self.filesystem.exists(path):
+            self.filesystem.rm(path, recursive=True)
+
+    def outputs(self) -> Iterator[Output]:
+        """Every committed output."""
+        for path in sorted(self.filesystem.glob(self.path("*", "*", _MARKER))):
+            stage, key = path.split("/")[-3:-1]
+            found = self.find(stage, key)
+            if found is not None:
+                yield found
+
+    def size(self, stage: str, key: str) -> int:
+        """Bytes of everything below an output's folder."""
+        return int(self.filesystem.du(self.path(stage, key)))
+
+    def remove(self, stage: str, key: str) -> None:
+        """Deletes an output: its marker first, so that no reader finds half of it."""
+        marker = self.path(stage, key, _MARKER)
+        if self.filesystem.exists(marker):
+            self.filesystem.rm(marker)
+        self.filesystem.rm(self.path(stage, key), recursive=True)
+
+    def free_bytes(self) -> int | None:
+        """Free bytes on a local store's disk; None where the storage does not say."""
+        if not self.is_local:
+            return None
+        folder = Path(self.root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
