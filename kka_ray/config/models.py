@@ -156,6 +156,12 @@ class MaskConfig(Strict):
     min_area: float = Field(0.05, gt=0, le=1, description="share of the image")
     max_area: float = Field(0.3, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> MaskConfig:
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area {self.min_area} is more than max_area {self.max_area}")
+        return self
+
 
 class RenderConfig(Strict):
     """How descriptions are drawn: any diffusers pipeline."""
@@ -163,7 +169,7 @@ class RenderConfig(Strict):
     pipeline: str = Field("builtin:flowers", description="builtin:, hub: or a folder with a diffusers pipeline")
     mode: Literal["text2img", "img2img"] = "text2img"
     steps: int = Field(20, ge=1)
-    guidance: float = Field(2.5, ge=0)
+    guidance: float | None = Field(2.5, ge=0, description="classifier-free guidance; null: the pipeline's own")
     strength: float = Field(0.6, gt=0, le=1, description="img2img: 1 forgets the normal photograph")
     mask: MaskConfig | None = Field(None, description="img2img: edit within a random mask only")
     width: int | None = Field(None, ge=8, description="pixels; by default the pipeline's own")
@@ -172,21 +178,36 @@ class RenderConfig(Strict):
     chunk: int = Field(32, ge=1, description="images that are drawn, stored and retried together")
     trust_remote_code: bool = False
 
+    @model_validator(mode="after")
+    def _image_to_image_is_whole(self) -> RenderConfig:
+        if self.mode == "text2img" and self.mask is not None:
+            raise ValueError("mask needs mode img2img: without a photograph there is nothing to keep outside it")
+        if self.mode == "img2img" and int(self.steps * self.strength) < 1:
+            raise ValueError(f"strength {self.strength} of {self.steps} steps is less than one step; raise either")
+        return self
+
 
 # --- judge --------------------------------------------------------------------------------------------------------
 
 
 class DeepSad(Strict):
-    """Deep SAD on frozen backbone features, or on pixels with autoencoder pretraining."""
+    """Deep SAD on frozen backbone features, or on pixels with autoencoder pretraining.
+
+    The defaults are for features. On pixels the authors of KKA use eta 1, learning rate 1e-4 and 200 epochs.
+    """
 
     kind: Literal["deep_sad"] = "deep_sad"
     input: Literal["features", "pixels"] = "features"
-    width: int = Field(128, ge=2, description="dimensions of the embedding")
+    width: int | None = Field(None, ge=2, description="dimensions of the embedding; by default 16, on pixels 128")
+    hidden: int = Field(256, ge=2, description="features: units of the hidden layer")
+    components: int | None = Field(
+        128, ge=2, description="features: principal components that are kept, whitened; null standardises all of them"
+    )
     epochs: int = Field(60, ge=1)
-    pretrain_epochs: int = Field(20, ge=0)
+    pretrain_epochs: int = Field(10, ge=0)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    eta: float = Field(1.0, gt=0, description="weight of labelled anomalies")
+    eta: float = Field(4.0, gt=0, description="weight of labelled anomalies")
     batch: int = Field(256, ge=2)
 
 
@@ -207,8 +228,8 @@ class ConfusionConfig(Strict):
     folds: int = Field(3, ge=2, description="cross-fitting: no image is judged by an evaluator that trained on it")
     rule: Literal["band", "paper"] = Field("band", description="paper: hard <= max of the normals + 0, easy = the worst")
     lower_quantile: float = Field(0.95, ge=0, le=1, description="of validation normals: closer is normal-like")
-    upper: float = Field(6.0, gt=0, description="upper edge of the hard band, in MADs above the normal median")
-    gap: float = Field(2.0, ge=0, description="easy begins this many MADs above the hard band")
+    upper: float = Field(5.0, gt=0, description="upper edge of the hard band, in MADs above the normal median")
+    gap: float = Field(1.0, ge=0, description="easy begins this many MADs above the hard band")
     paper_easy: int = Field(100, ge=1, description="rule paper: so many images with the largest scores are easy")
 
 
@@ -259,14 +280,18 @@ class SimpleNet(Strict):
     """SimpleNet on a frozen backbone; generated anomalies are further negatives of its discriminator."""
 
     kind: Literal["simplenet"] = "simplenet"
-    width: int = Field(512, ge=8, description="dimensions of the adapted feature")
-    hidden: int = Field(256, ge=8, description="hidden units of the discriminator")
-    noise: float = Field(0.015, gt=0, description="standard deviation of the feature noise, features at unit scale")
+    width: int = Field(512, ge=8, description="dimensions of the adapted feature, at most those of the feature")
+    hidden: int = Field(1024, ge=8, description="hidden units of the discriminator, at most twice its width")
+    shrinkage: float = Field(0.3, gt=0, le=1, description="of the whitening that the adaptor starts from")
+    noise: float = Field(1.0, gt=0, description="standard deviation of the noise, adapted features near unit scale")
     margin: float = Field(0.5, gt=0)
-    epochs: int = Field(40, ge=1)
+    epochs: int = Field(15, ge=1)
     batch: int = Field(64, ge=1, description="images a step")
+    patches_per_image: int = Field(8, ge=1, description="patches drawn from each normal image of a step")
     learning_rate: float = Field(1e-3, gt=0)
     anomaly_weight: float = Field(1.0, ge=0)
+    anomaly_patches: int = Field(8, ge=1, description="most anomalous patches of an anomaly that are negatives")
+    patch_weight: float = Field(0.5, ge=0, description="of the worst patch in the score, beside 1 for the image")
 
 
 class Knn(Strict):

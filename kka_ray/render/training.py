@@ -115,7 +115,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, settings)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(forward or self.network, images, data.text[rows].float(), mask, generator)
+            loss = flow_loss(self.network if forward is None else forward, images, data.text[rows].float(), mask, generator)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -125,7 +125,7 @@ class Trainer:
             weight = min(settings.ema, (1 + self.step) / (10 + self.step))
             for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(new, 1 - weight)
-        return float(loss)
+        return float(loss.detach())
 
     def save(self, folder: Path) -> None:
         """Everything that a resumed training needs, as safetensors."""

@@ -1,0 +1,256 @@
+"""A plain folder of images: normals directly in it, in `good/`, or laid out as in MVTec AD."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kka_ray.config.models import FolderData
+from kka_ray.data.base import DataModule, ImageSet, Normals
+from kka_ray.data.captions import fill, without_article
+from kka_ray.data.decode import TooLargeError, decode
+from kka_ray.data.splits import drop_seen, split_normals
+from kka_ray.errors import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+"""Files with other suffixes, and hidden files, are not taken for images."""
+
+GOOD = "good"
+
+TEMPLATES = (
+    "a photo of {}",
+    "a close-up of {}",
+    "a picture of {}",
+    "{} in the middle of the picture",
+    "a sharp photo of {}",
+)
+
+# An uncompressed 16-bit RGBA image takes eight bytes a pixel; a longer file need not even be read.
+_BYTES_PER_PIXEL = 8
+_HEADER_BYTES = 1_000_000
+
+
+class FolderModule(DataModule):
+    """Normals: the images of `train/good`, else of `good`, else those directly in the folder. Test: `test/`.
+
+    The first of the three layouts that is there is taken. `good` folders are read with their sub-folders, in the
+    order of the paths; the folder itself is not. `test/good` holds normal test images and every other folder below
+    `test` one kind of defect, its name the class.
+
+    A caption comes from the CSV `captions` where it is given (`file` relative to the data folder or to the folder of
+    the normals; a relative `captions` is looked up in the data folder), else from the first line of a text file of the
+    image's name, else from a template with the description. A CSV must caption every normal image that can be read; test
+    images may go without.
+
+    Files that cannot be read or are too large are skipped: listed in `skipped`, counted in `Normals.dropped`.
+    """
+
+    def __init__(self, config: FolderData, seed: int) -> None:
+        """Raises DataError if the path is no folder."""
+        self.config = config
+        self.seed = seed
+        self.root = Path(config.path)
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise DataError(f"data.path: {self.root} {what}; it must be a folder of images")
+        self.subject = config.description.strip()
+        self.normal_terms = (without_article(self.subject),)
+        self.skipped: list[tuple[str, str]] = []
+        """Files that could not be used, relative to the folder, each with the reason; filled as splits are read."""
+        self.test_dropped: dict[str, int] = {}
+        """Test files left out, by reason: `duplicate` (of a normal image), `unreadable`, `too_large`."""
+
+    def normals(self) -> Normals:
+        """See `DataModule.normals`. Raises DataError as well if there is no image, none can be read, or the captions
+        do not fit the files."""
+        return self._normals
+
+    @cached_property
+    def _normals(self) -> Normals:
+        folder = self._normal_folder()
+        files = _image_files(folder, recursive=folder != self.root)
+        if not files:
+            raise DataError(
+                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); put the normal images into it, "
+                "into good/ or into train/good/"
+            )
+        loaded = self._load(files)
+        self._note(loaded.skipped)
+        self._refuse_if_none(loaded, folder)
+        images = self._image_set(loaded, [GOOD] * len(loaded.files), captions_required=True)
+        return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
+
+    def test(self) -> ImageSet | None:
+        """The images of `test/good`, then those of the defects by name; None if there is no folder `test`.
+
+        Raises DataError if normal or defective test images are missing, or none of the images can be read.
+        """
+        folder = self.root / "test"
+        if not folder.is_dir():
+            return None
+        kinds = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        kinds.sort(key=lambda name: name != GOOD)
+        found = [(file, kind) for kind in kinds for file in _image_files(folder / kind, recursive=True)]
+        present = {kind for _, kind in found}
+        if GOOD not in present or len(present) < 2:
+            raise DataError(
+                f"{folder} must hold images in good/ and in at least one folder named after a defect, since a test "
+                f"compares both; it has images in: {', '.join(sorted(present)) or 'none'}. Add them or remove {folder}"
+            )
+        loaded = self._load([file for file, _ in found])
+        kind_of = dict(found)
+        normals = self.normals()
+        images = self._image_set(loaded, [kind_of[file] for file in loaded.files], captions_required=False)
+        kept, seen = drop_seen(images, normals)
+        if kept.anomalous.all() or not kept.anomalous.any():
+            lacking = "normal" if kept.anomalous.any() or not len(kept) else "defective"
+            raise DataError(
+                f"{folder}: no {lacking} test image is left, after {len(loaded.skipped)} that cannot be used and "
+                f"{seen} that are also among the normals{_first(loaded.skipped)}; add some or remove {folder}"
+            )
+        self._note(loaded.skipped)
+        self.test_dropped = loaded.counts() | {"duplicate": seen}
+        return kept
+
+    def _normal_folder(self) -> Path:
+        for folder in (self.root / "train" / GOOD, self.root / GOOD):
+            if folder.is_dir():
+                return folder
+        return self.root
+
+    def _load(self, files: Sequence[Path]) -> _Loaded:
+        loaded = _Loaded([], [], [])
+        for file in files:
+            name = file.relative_to(self.root).as_posix()
+            try:
+                image = _read_image(file, name, self.config.max_pixels)
+            except (DataError, OSError) as error:
+                # One bad file must not stop a run over thousands; it is counted and listed instead.
+                reason = "too_large" if isinstance(error, TooLargeError) else "unreadable"
+                loaded.skipped.append((name, f"{reason}: {error}"))
+                continue
+            loaded.files.append(file)
+            loaded.images.append(image)
+        return loaded
+
+    def _note(self, skipped: Sequence[tuple[str, str]]) -> None:
+        self.skipped += [entry for entry in skipped if entry not in self.skipped]
+
+    def _refuse_if_none(self, loaded: _Loaded, folder: Path) -> None:
+        if not loaded.files:
+            raise DataError(
+                f"{folder}: none of its {len(loaded.skipped)} images can be used{_first(loaded.skipped)}; replace them"
+            )
+
+    def _image_set(self, loaded: _Loaded, kinds: Sequence[str], *, captions_required: bool) -> ImageSet:
+        return ImageSet(
+            tuple(file.relative_to(self.root).as_posix() for file in loaded.files),
+            tuple(loaded.images),
+            self._captions(loaded.files, kinds, required=captions_required),
+            tuple(kinds),
+            np.array([kind != GOOD for kind in kinds], bool),
+        )
+
+    def _captions(self, files: Sequence[Path], kinds: Sequence[str], *, required: bool) -> tuple[str, ...]:
+        shown = [self.subject if kind == GOOD else f"{self.subject}, {_words(kind)}" for kind in kinds]
+        from_templates = fill(TEMPLATES, shown, self.seed)
+        if self.config.captions is None:
+            return tuple(_sidecar(f) or text for f, text in zip(files, from_templates, strict=True))
+        table = self._caption_table
+        lacking = [f for f in files if f not in table]
+        if lacking and required:
+            raise DataError(
+                f"{self.config.captions} has no caption for {len(lacking)} of the normal images, the first of them "
+                f"{lacking[0].relative_to(self.root).as_posix()}; add them, or leave data.captions out"
+            )
+        return tuple(table.get(f, text) for f, text in zip(files, from_templates, strict=True))
+
+    @cached_property
+    def _caption_table(self) -> Mapping[Path, str]:
+        path = self.root / str(self.config.captions)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                reader = csv.DictReader(stream)
+                columns = set(reader.fieldnames or ())
+                rows = [(reader.line_num, row.get("file"), row.get("caption")) for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(
+                f"data.captions: {path} cannot be read ({error}); it must be a CSV in UTF-8 with the columns "
+                "file and caption, its name relative to data.path"
+            ) from error
+        if not {"file", "caption"} <= columns:
+            raise DataError(f"{path} must have the columns file and caption; it has {', '.join(sorted(columns))}")
+        table: dict[Path, str] = {}
+        for line, name, caption in rows:
+            text = " ".join((caption or "").split())
+            if not name or not text:
+                raise DataError(f"{path}, line {line}: the file or its caption is empty; fill it in or delete the line")
+            file = self._captioned_file(name.strip(), f"{path}, line {line}")
+            if file in table:
+                raise DataError(f"{path}, line {line}: {name} has a caption already; keep one of them")
+            table[file] = text
+        return table
+
+    def _captioned_file(self, name: str, where: str) -> Path:
+        for folder in (self.root, self._normal_folder()):
+            if (folder / name).is_file():
+                return folder / name
+        raise DataError(f"{where}: there is no file {name} below {self.root}; correct the name or delete the line")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Files that could be decoded, their images, and the files that could not with the reason of each."""
+
+    files: list[Path]
+    images: list[np.ndarray]
+    skipped: list[tuple[str, str]]
+
+    def counts(self) -> dict[str, int]:
+        out = {"unreadable": 0, "too_large": 0}
+        for _, reason in self.skipped:
+            out[reason.partition(":")[0]] += 1
+        return out
+
+
+def _image_files(folder: Path, *, recursive: bool) -> list[Path]:
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    files = []
+    for path in found:
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            files.append((relative.as_posix(), path))
+    return [path for _, path in sorted(files)]
+
+
+def _read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
+    size = file.stat().st_size
+    if size > _BYTES_PER_PIXEL * max_pixels + _HEADER_BYTES:
+        raise TooLargeError(f"{name}: the file has {size} bytes, more than {max_pixels} pixels can take; scale it down")
+    return decode(file.read_bytes(), name, max_pixels)
+
+
+def _sidecar(image: Path) -> str:
+    """The first line with text of the image's `.txt` file; empty if there is none. Raises DataError if not UTF-8."""
+    path = image.with_suffix(".txt")
+    if not path.is_file():
+        return ""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a caption ({error}); save it as UTF-8 text or delete it") from error
+    return next((" ".join(line.split()) for line in lines if line.strip()), "")
+
+
+def _first(skipped: Sequence[tuple[str, str]]) -> str:
+    return f" (first: {skipped[0][1]})" if skipped else ""
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")

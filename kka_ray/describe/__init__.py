@@ -1,0 +1,1 @@
+"""Prompts in, descriptions out: prompt building, samplers, guards, drift measures."""

@@ -1,0 +1,178 @@
+"""Sampling with transformers: each prompt is read once, its cache shared by all of its samples, and finished rows leave
+the batch. Repeats bit for bit for the same prompts, count, seed, dtype and thread count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
+
+from kka_ray import assets
+from kka_ray.config.models import DescribeConfig, TransformersSampler
+from kka_ray.errors import StageError
+from kka_ray.features.device import compute_dtype
+
+
+class TransformersEngine:
+    """A causal language model on one device. See `kka_ray.describe.sampler.Sampler`."""
+
+    def __init__(self, config: DescribeConfig, device: str = "cpu") -> None:
+        engine = config.sampler
+        if not isinstance(engine, TransformersSampler):
+            raise TypeError(f"expected a transformers sampler, got {engine.kind}")
+        self.config = config
+        self.batch = engine.batch
+        self.device = torch.device(device)
+        self.dtype = compute_dtype(engine.dtype, self.device)
+        model = assets.resolve(engine.model)
+        self.identity = f"{model.identity}/{self.dtype}"
+        self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=engine.trust_remote_code)
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=self.dtype, trust_remote_code=engine.trust_remote_code, use_safetensors=True
+        )
+        self._model.eval().requires_grad_(False).to(self.device)
+        self._raw: dict[str, Tensor] = {}
+        self._ends = self._line_ends()
+
+    def load_adapter(self, folder: Path | None) -> None:
+        """Merges a LoRA adapter into the weights it touches; what another adapter changed is put back first.
+
+        Raises StageError if the adapter names weights that the model does not have.
+        """
+        weights = dict(self._model.named_parameters())
+        for name, raw in self._raw.items():
+            weights[name].copy_(raw)
+        self._raw = {}
+        if folder is None:
+            return
+        config = LoraConfig.from_pretrained(str(folder))
+        scale = config.lora_alpha / config.r
+        adapter = load_file(folder / "adapter_model.safetensors")
+        downs = [k for k in adapter if k.endswith(".lora_A.weight")]
+        if not downs:
+            raise StageError(f"{folder} holds no LoRA weights")
+        for key in downs:
+            name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            if name not in weights:
+                raise StageError(f"the adapter {folder} changes {name}, which this model does not have")
+            up = adapter[key.replace(".lora_A.", ".lora_B.")].float()
+            delta = scale * (up @ adapter[key].float())
+            self._raw[name] = weights[name].detach().clone()
+            weights[name].copy_((weights[name].float() + delta.to(self.device)).to(self.dtype))
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:
+        """`count` completions for each prompt, in batches of whole prompts."""
+        per_batch = max(1, self.batch // count)
+        out: list[list[str]] = []
+        for start in range(0, len(prompts), per_batch):
+            generator = torch.Generator().manual_seed(_mix(seed, start))
+            out += self._sample_batch(list(prompts[start : start + per_batch]), count, generator)
+        return out
+
+    def _sample_batch(self, prompts: list[str], count: int, generator: torch.Generator) -> list[list[str]]:
+        batch = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+        cache = DynamicCache(config=self._model.config)
+        mask = batch["attention_mask"]
+        position = mask.cumsum(-1) - 1
+        logits = self._model(
+            batch["input_ids"],
+            attention_mask=mask,
+            position_ids=position.clamp_min(0),
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        cache.batch_repeat_interleave(count)
+        logits, mask = logits.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
+        position = position[:, -1:].repeat_interleave(count, 0)
+
+        rows = torch.arange(len(prompts) * count)
+        written: list[list[int]] = [[] for _ in rows]
+        for _ in range(self.config.max_tokens):
+            # One number for every row, present or gone: what a row draws does not depend on when others end.
+            uniform = torch.rand(len(written), generator=generator)[rows].to(self.device)
+            tokens = _nucleus(logits.float() / self.config.temperature, self.config.top_p, uniform)
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                written[row].append(token)
+            alive = ~self._ends[tokens].cpu()
+            if not alive.any():
+                break
+            if not alive.all():
+                keep = alive.nonzero()[:, 0]
+                rows, there = rows[keep], keep.to(self.device)
+                tokens, mask, position = tokens[there], mask[there], position[there]
+                cache.batch_select_indices(there)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            position = position + 1
+            logits = self._model(
+                tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits[:, -1]
+        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+    @torch.inference_mode()
+    def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities of the completions' tokens, in batches sorted by length."""
+        pairs = [
+            (self._tokenizer(p)["input_ids"], self._tokenizer(c, add_special_tokens=False)["input_ids"])
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        out: list[list[float]] = [[] for _ in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        for start in range(0, len(order), 32):
+            rows = order[start : start + 32]
+            encoded = [{"input_ids": pairs[i][0] + pairs[i][1]} for i in rows]
+            batch = self._tokenizer.pad(encoded, return_tensors="pt").to(self.device)
+            longest = max(len(pairs[i][1]) for i in rows)
+            if longest == 0:
+                continue
+            mask = batch["attention_mask"]
+            logits = self._model(
+                batch["input_ids"],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                logits_to_keep=longest + 1,
+                use_cache=False,
+            ).logits
+            picked = logits[:, :-1].float().log_softmax(-1)
+            picked = picked.gather(-1, batch["input_ids"][:, -longest:, None])[..., 0]
+            for row, values in zip(rows, picked.tolist(), strict=True):
+                length = len(pairs[row][1])
+                out[row] = values[len(values) - length :]
+        return out
+
+    def _line_ends(self) -> Tensor:
+        """Bool (vocabulary,): tokens that end a line, and the end-of-text token."""
+        size = self._model.config.vocab_size
+        texts = self._tokenizer.batch_decode([[i] for i in range(min(size, len(self._tokenizer)))])
+        ends = torch.zeros(size, dtype=torch.bool)
+        ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
+        ends[self._tokenizer.eos_token_id] = True
+        return ends.to(self.device)
+
+
+def _mix(seed: int, offset: int) -> int:
+    return (seed * 1_000_003 + offset) % (2**63)
+
+
+def _nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """Tokens (N,) drawn from the smallest set of likeliest tokens whose probability reaches `top_p`."""
+    # Sorting the whole vocabulary is slow; 256 candidates hold the nucleus unless the distribution is nearly flat,
+    # and then they are the nucleus.
+    top = min(256, logits.shape[-1])
+    values, ids = logits.topk(top, -1)
+    probability = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    cumulative = probability.cumsum(-1)
+    kept = probability * (cumulative - probability < top_p)
+    edges = kept.cumsum(-1)
+    choice = torch.searchsorted(edges, (uniform[:, None] * edges[:, -1:]).contiguous(), right=True)
+    return ids.gather(-1, choice.clamp_max(top - 1))[:, 0]

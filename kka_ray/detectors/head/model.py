@@ -1,0 +1,72 @@
+"""Logistic regression of normals against anomalies, alone or fused with k-NN."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from kka_ray.config.models import LinearHead
+from kka_ray.detectors.base import Detector
+from kka_ray.detectors.knn.model import distances
+from kka_ray.detectors.robust import Robust
+from kka_ray.features.base import Features
+
+
+class LinearHeadDetector(Detector):
+    """`head`: the decision of the regression. `fused`: that plus k-NN, each standardised on validation normals."""
+
+    needs_anomalies: ClassVar[bool] = True
+
+    def __init__(self, config: LinearHead) -> None:
+        self.config = config
+        self._weight = torch.empty(0)
+        self._bias = 0.0
+        self._normals = torch.empty(0, 0)
+        self._scales: dict[str, Robust] = {}
+
+    def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:
+        """Fits the regression by L-BFGS. Nothing is random here, so `seed` has no effect.
+
+        Raises ValueError without anomalies.
+        """
+        if anomalies is None or len(anomalies) == 0:
+            raise ValueError(f"the detector {self.config.kind} learns from anomalies and was given none")
+        x = np.concatenate([normals.pooled, anomalies.pooled]).astype(np.float64)
+        y = np.repeat([0, 1], [len(normals), len(anomalies)])
+        model = LogisticRegression(C=self.config.c, class_weight="balanced", max_iter=2000).fit(x, y)
+        self._weight = torch.from_numpy(model.coef_[0].copy())
+        self._bias = float(model.intercept_[0])
+        if self.config.kind == "fused":
+            self._normals = torch.from_numpy(normals.pooled.copy())
+            self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
+
+    def score(self, features: Features) -> np.ndarray:
+        """`head`: log-odds of an anomaly, classes balanced. `fused`: a sum of two values in MADs of the normals."""
+        parts = self._parts(features)
+        if self.config.kind == "head":
+            return parts["head"].astype(np.float32)
+        return sum(self._scales[name](s) for name, s in parts.items()).astype(np.float32)  # type: ignore[union-attr]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {"weight": self._weight}
+        if self.config.kind == "fused":
+            tensors["normals"] = self._normals
+        return tensors, {"bias": self._bias, "scales": {name: asdict(s) for name, s in self._scales.items()}}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
+        self._weight, self._bias = tensors["weight"], values["bias"]
+        self._normals = tensors.get("normals", self._normals)
+        self._scales = {name: Robust(**s) for name, s in values["scales"].items()}
+        return self
+
+    def _parts(self, features: Features) -> dict[str, np.ndarray]:
+        head = torch.from_numpy(features.pooled).double() @ self._weight + self._bias
+        parts = {"head": head.numpy()}
+        if self.config.kind == "fused":
+            parts["knn"] = distances(features.pooled, self._normals, self.config.neighbours)
+        return parts

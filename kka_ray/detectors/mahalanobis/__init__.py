@@ -1,0 +1,5 @@
+"""Mahalanobis detector."""
+
+from kka_ray.detectors.mahalanobis.model import MahalanobisDetector
+
+__all__ = ["MahalanobisDetector"]

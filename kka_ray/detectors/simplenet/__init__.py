@@ -1,0 +1,5 @@
+"""SimpleNet detector."""
+
+from kka_ray.detectors.simplenet.model import SimpleNetDetector
+
+__all__ = ["SimpleNetDetector"]

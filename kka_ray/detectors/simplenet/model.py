@@ -1,0 +1,184 @@
+"""SimpleNet (Liu et al., CVPR 2023) on patch features and on the image feature, with anomalies as further negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kka_ray.config.models import SimpleNet
+from kka_ray.detectors.base import Detector
+from kka_ray.detectors.robust import Robust
+from kka_ray.detectors.simplenet.branch import Branch
+from kka_ray.detectors.simplenet.loss import truncated_l1
+from kka_ray.features.base import Features
+
+_CHUNK = 128
+_PATCH_ANOMALIES = 16
+"""Anomaly images a step in the patch branch: all their patches are scored to find the most anomalous."""
+
+
+class SimpleNetDetector(Detector):
+    """Two discriminators, one of patches and one of whole images; scores are in MADs of validation normals, summed."""
+
+    needs_patches: ClassVar[bool] = True
+
+    def __init__(self, config: SimpleNet) -> None:
+        self.config = config
+        self._branches: dict[str, Branch] = {}
+        self._scales: dict[str, Robust] = {}
+
+    def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:
+        """Trains both branches. Raises ValueError if features come without patches."""
+        if anomalies is not None and len(anomalies) == 0:
+            anomalies = None
+        sets = [normals, validation] + ([anomalies] if anomalies is not None else [])
+        for features in sets:
+            _patches(features)
+        config = self.config
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.from_numpy(normals.pooled)
+        image = self._new_branch(x.shape[1])
+        image.start(x, config.shrinkage, config.noise, config.margin, generator)
+        negatives = None if anomalies is None else torch.from_numpy(anomalies.pooled)
+        self._train(image, x, len(x), _image_batch, _image_negatives(image, negatives, config.batch, generator), generator)
+
+        grid = _patches(normals)
+        patch = self._new_branch(grid.shape[2])
+        patch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
+        pick = _patch_batch(config.patches_per_image, generator)
+        hard = _patch_negatives(patch, anomalies, config.anomaly_patches, generator)
+        self._train(patch, grid, len(grid), pick, hard, generator)
+
+        self._branches = {"image": image, "patch": patch}
+        self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
+
+    def score(self, features: Features) -> np.ndarray:
+        """Image part plus `patch_weight` times the patch part (its worst patch), each standardised."""
+        parts = self._parts(features)
+        total = self._scales["image"](parts["image"])
+        total = total + self.config.patch_weight * self._scales["patch"](parts["patch"])
+        return total.astype(np.float32)
+
+    def heatmap(self, features: Features) -> np.ndarray:
+        """-D of each patch, standardised as the worst patch of an image is: about 0 for that of a typical normal."""
+        scale = self._scales["patch"]
+        return ((self._patch_scores(features) - scale.median) / scale.mad).astype(np.float32)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}
+        return tensors, {"scales": {name: asdict(s) for name, s in self._scales.items()}}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
+        for name in ("image", "patch"):
+            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            branch = self._new_branch(len(own["mean"]))
+            branch.load_state_dict(own)
+            self._branches[name] = branch.requires_grad_(False)
+        self._scales = {name: Robust(**s) for name, s in values["scales"].items()}
+        return self
+
+    def _new_branch(self, channels: int) -> Branch:
+        width = min(self.config.width, channels)
+        return Branch(channels, width, min(self.config.hidden, 2 * width) // 2 * 2)
+
+    def _train(
+        self,
+        branch: Branch,
+        data: Tensor,
+        count: int,
+        pick: Callable[[Tensor, Tensor], Tensor],
+        negatives: Callable[[], Tensor] | None,
+        generator: torch.Generator,
+    ) -> None:
+        config = self.config
+        discriminator = [*branch.hidden.parameters(), *branch.tail.parameters()]
+        # The adaptor moves at a tenth of the rate, as in the authors' code.
+        groups = [{"params": [*branch.adaptor.parameters()], "lr": config.learning_rate / 10}, {"params": discriminator}]
+        optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=1e-5)
+        steps = config.epochs * -(-count // config.batch)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for rows in _batches(count, config.batch, config.epochs, generator):
+            z = branch.adapt(pick(data, rows))
+            noisy = z + config.noise * torch.randn(z.shape, generator=generator)
+            loss = truncated_l1(branch.discriminate(z), config.margin, normal=True)
+            loss = loss + truncated_l1(branch.discriminate(noisy), config.margin, normal=False)
+            if negatives is not None:
+                outputs = branch(negatives())
+                loss = loss + config.anomaly_weight * truncated_l1(outputs, config.margin, normal=False)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        branch.requires_grad_(False)
+
+    @torch.no_grad()
+    def _parts(self, features: Features) -> dict[str, np.ndarray]:
+        pooled = torch.from_numpy(features.pooled).split(_CHUNK)
+        image = torch.cat([-self._branches["image"](x) for x in pooled]).numpy()
+        return {"image": image, "patch": self._patch_scores(features).max((1, 2))}
+
+    @torch.no_grad()
+    def _patch_scores(self, features: Features) -> np.ndarray:
+        _, height, width, _ = features.patches.shape  # type: ignore[union-attr]
+        scores = [-self._branches["patch"](x.float()) for x in _patches(features).split(_CHUNK)]
+        return torch.cat(scores).reshape(-1, height, width).numpy()
+
+
+def _patches(features: Features) -> Tensor:
+    """Patch features as (N, h * w, C), float16."""
+    if features.patches is None:
+        raise ValueError("SimpleNet needs patch features: extract with patches=True")
+    count, height, width, channels = features.patches.shape
+    return torch.from_numpy(features.patches).reshape(count, height * width, channels)
+
+
+def _sample_patches(grid: Tensor, generator: torch.Generator, limit: int = 100_000) -> Tensor:
+    flat = grid.reshape(-1, grid.shape[2])
+    return flat[torch.randperm(len(flat), generator=generator)[:limit]].float()
+
+
+def _batches(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from torch.randperm(count, generator=generator).split(batch)
+
+
+def _image_batch(data: Tensor, rows: Tensor) -> Tensor:
+    return data[rows]
+
+
+def _patch_batch(per_image: int, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    def pick(data: Tensor, rows: Tensor) -> Tensor:
+        places = torch.randint(data.shape[1], (len(rows), per_image), generator=generator)
+        return data[rows[:, None], places].reshape(-1, data.shape[2]).float()
+
+    return pick
+
+
+def _image_negatives(
+    branch: Branch, anomalies: Tensor | None, batch: int, generator: torch.Generator
+) -> Callable[[], Tensor] | None:
+    if anomalies is None:
+        return None
+    return lambda: anomalies[torch.randint(len(anomalies), (batch,), generator=generator)]
+
+
+def _patch_negatives(
+    branch: Branch, anomalies: Features | None, most: int, generator: torch.Generator
+) -> Callable[[], Tensor] | None:
+    """The `most` most anomalous patches of random anomaly images: the rest of such an image is mostly normal."""
+    if anomalies is None:
+        return None
+    grid = _patches(anomalies)
+
+    def pick() -> Tensor:
+        images = grid[torch.randint(len(grid), (_PATCH_ANOMALIES,), generator=generator)].float()
+        with torch.no_grad():
+            places = branch(images).topk(min(most, images.shape[1]), largest=False).indices
+        return images.gather(1, places[..., None].expand(-1, -1, images.shape[2])).flatten(0, 1)
+
+    return pick

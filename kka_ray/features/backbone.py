@@ -1,0 +1,182 @@
+"""Frozen image backbones: images in, pooled features and patch features out.
+
+The built-in one is EfficientNet-Lite0; any vision model that transformers' AutoModel reads can take its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kka_ray import assets
+from kka_ray.config.models import BackboneConfig
+from kka_ray.errors import AssetError, ConfigError, DataError
+from kka_ray.features import efficientnet
+from kka_ray.features.base import Features
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_CPU_BATCH = 16
+"""On a CPU maps of more images than this leave the cache: EfficientNet-Lite0 at 96 px is then a third slower."""
+
+
+class _Encoder(Protocol):
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    network: nn.Module
+
+    def __call__(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+        """Pooled features (N, D) and, if asked for, patch features (N, C, h, w)."""
+
+
+class Backbone:
+    """A frozen image encoder, made by `load`."""
+
+    def __init__(self, config: BackboneConfig, identity: str, encoder: _Encoder, device: str) -> None:
+        self.config = config
+        self.identity = identity
+        self.device = torch.device(device)
+        self._encoder = encoder
+        self._mean = torch.tensor(encoder.mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(encoder.std, device=self.device).view(1, 3, 1, 1)
+
+    @classmethod
+    def load(cls, config: BackboneConfig, device: str = "cpu") -> Self:
+        """The backbone named by `config.model` on `device`. Raises AssetError if it is missing or unsuitable."""
+        model = assets.resolve(config.model)
+        encoder: _Encoder
+        if config.model == "builtin:efficientnet-lite0":
+            encoder = _EfficientNet(model.path)
+        elif config.model.startswith("builtin:"):
+            raise AssetError(f"{config.model} is no image backbone; the built-in one is builtin:efficientnet-lite0")
+        else:
+            encoder = _Transformers(config.model, model.path, config.image_size)
+        encoder.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(config, model.identity, encoder, device)
+
+    @torch.inference_mode()
+    def extract(self, images: Sequence[np.ndarray], patches: bool) -> Features:
+        """Features of uint8 images (H, W, 3), (H, W, 1) or (H, W) of any sizes, RGB or grey.
+
+        What comes out for an image does not depend on the images beside it, but for rounding (below 1e-5). Raises
+        DataError for no images, or for one that has another shape or type.
+        """
+        if len(images) == 0:
+            raise DataError("there are no images to extract features from")
+        batch = min(self.config.batch, _CPU_BATCH) if self.device.type == "cpu" else self.config.batch
+        pooled, grids = [], []
+        for start in range(0, len(images), batch):
+            chunk = [_resize(x, start + i, self.config.image_size) for i, x in enumerate(images[start : start + batch])]
+            x = (torch.stack(chunk).to(self.device) / 255 - self._mean) / self._std
+            vector, grid = self._encoder(x.contiguous(memory_format=torch.channels_last), patches)
+            pooled.append(F.normalize(vector.float(), dim=1).cpu().numpy())
+            if grid is not None:
+                # Some networks have maps beyond the range of float16, which ends at 65,504.
+                half = grid.clamp(-6e4, 6e4).permute(0, 2, 3, 1).half()
+                grids.append(half.cpu().numpy())
+        return Features(np.concatenate(pooled), np.concatenate(grids) if patches else None)
+
+
+def _resize(image: np.ndarray, index: int, size: int) -> Tensor:
+    """An image as float32 (3, size, size) in 0..255."""
+    if image.dtype != np.uint8:
+        raise DataError(f"image {index} has type {image.dtype}: images must be uint8, 0 to 255")
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise DataError(f"image {index} has shape {image.shape}: images must be (H, W, 3) in RGB, or (H, W) in grey")
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    if x.shape[-2:] != (size, size):
+        shrinks = max(x.shape[-2:]) > size
+        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+    return x[0].expand(3, -1, -1)
+
+
+def _local_mean(grid: Tensor) -> Tensor:
+    """Each cell of (N, C, h, w) averaged with its neighbours, as in PatchCore and SimpleNet."""
+    return F.avg_pool2d(grid, 3, 1, 1, count_include_pad=False)
+
+
+def _one_grid(maps: Sequence[Tensor]) -> Tensor:
+    """Feature maps, locally averaged, brought to the grid of the first and joined on channels."""
+    size = maps[0].shape[-2:]
+    means = [_local_mean(m) for m in maps]
+    scaled = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear") for m in means]
+    return torch.cat(scaled, 1)
+
+
+class _EfficientNet:
+    mean, std = _IMAGENET_MEAN, _IMAGENET_STD
+
+    def __init__(self, folder: Path) -> None:
+        self.network = efficientnet.load(folder)
+
+    def __call__(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+        eighth, sixteenth, last = self.network(images)
+        return last.mean((2, 3)), _one_grid([eighth, sixteenth]) if patches else None
+
+
+class _Transformers:
+    """Vision transformers (pooled: mean of the patch tokens) and convolutional networks (mean of the last map)."""
+
+    def __init__(self, reference: str, folder: Path, size: int) -> None:
+        from transformers import AutoModel
+
+        try:
+            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise AssetError(
+                f"{reference} cannot be read as a transformers model with safetensors weights: {error}"
+            ) from error
+        model = getattr(model, "vision_model", model)  # CLIP and its like
+        parameters = inspect.signature(model.forward).parameters
+        if model.main_input_name != "pixel_values" or "pixel_values" not in parameters:
+            raise AssetError(f"{reference} is no image backbone: its input is {model.main_input_name}")
+        self.reference, self.size = reference, size
+        self.patch_size = getattr(model.config, "patch_size", None)
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+        self.mean, self.std = _statistics(folder)
+        self.network: nn.Module = model.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+        out = self.network(pixel_values=images, output_hidden_states=True, **self.options)
+        last = out.last_hidden_state
+        if last.ndim == 4:
+            if not patches:
+                return last.mean((2, 3)), None
+            # The last map of stride 8 and of 16, where the network has them.
+            by_side = {m.shape[-1]: m for m in out.hidden_states or () if m.ndim == 4}
+            maps = [by_side[side] for side in (self.size // 8, self.size // 16) if side in by_side]
+            return last.mean((2, 3)), _one_grid(maps or [last])
+        tokens = self._grid(last)
+        return tokens.mean((2, 3)), tokens if patches else None
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (N, T, C) as a map (N, C, h, w), class and register tokens at the front left out."""
+        count = tokens.shape[1]
+        side = self.size // self.patch_size if isinstance(self.patch_size, int) else math.isqrt(count)
+        if side * side > count:
+            side = math.isqrt(count)  # hierarchical networks merge patches
+        if side == 0:
+            raise ConfigError(
+                f"features.image_size = {self.size} is less than a patch of {self.reference} ({self.patch_size} px)"
+            )
+        patches = tokens[:, count - side * side :]
+        return patches.transpose(1, 2).reshape(len(tokens), -1, side, side)
+
+
+def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the channels that the model was trained with; those of ImageNet if it does not say."""
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    mean, std = values.get("image_mean") or _IMAGENET_MEAN, values.get("image_std") or _IMAGENET_STD
+    return tuple(mean), tuple(std)

@@ -1,0 +1,1 @@
+"""Verdicts in, tuned adapter out: preference pairs and direct preference optimisation (TRL, PEFT)."""

@@ -1,0 +1,170 @@
+"""Direct preference optimisation of a LoRA adapter with TRL. One process; `kka_ray.cluster` runs it as a Ray Train job.
+
+The adapter is always one on the raw base model, whatever the round: with `reference: base` a round continues the last
+adapter against the base model as reference; with `reference: previous` it continues it against the last adapter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import DPOConfig, DPOTrainer
+
+from kka_ray import assets
+from kka_ray.config.models import PreferenceConfig
+from kka_ray.errors import ConfigError, StageError
+from kka_ray.records import PreferencePair
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DpoResult:
+    """What a training did. Losses are in nats; the margin is that of the implicit rewards, beta included."""
+
+    pairs: int
+    steps: int
+    loss_first: float
+    loss_last: float
+    margin: float
+    history: tuple[dict[str, float], ...]
+    """A row a step: step, loss, margin, accuracy, learning_rate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def train_dpo(
+    pairs: Sequence[PreferencePair],
+    model: str,
+    previous: Path | None,
+    config: PreferenceConfig,
+    seed: int,
+    target: Path,
+    work: Path,
+    *,
+    workers: int = 1,
+    trust_remote_code: bool = False,
+) -> DpoResult:
+    """Trains an adapter on `pairs` and writes it to `target` (PEFT's format, safetensors).
+
+    Args:
+        model: reference of the base model (see `kka_ray.assets`).
+        previous: the last round's adapter, or None for a new one.
+        work: folder for TRL's own files.
+        workers: processes that take part, each with a shard of every batch.
+
+    Raises StageError if the loss is not finite or no weight changed, ConfigError for impossible settings.
+    """
+    if config.batch % (workers * config.micro_batch):
+        raise ConfigError(
+            f"preference.batch ({config.batch}) must be a multiple of workers x micro_batch "
+            f"({workers} x {config.micro_batch})"
+        )
+    path = assets.resolve(model).path
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    base = _load_base(path, config, trust_remote_code)
+    continued = previous is not None and config.reference == "previous"
+    policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
+    trainer = DPOTrainer(
+        model=policy,
+        args=_arguments(config, seed, work, workers),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]),
+        processing_class=tokenizer,
+        peft_config=None if continued else _lora(config),
+    )
+    if previous is not None and not continued:
+        # Given a plain model TRL takes the model without its adapter as reference; the adapter may then be continued.
+        set_peft_model_state_dict(trainer.model, load_file(previous / "adapter_model.safetensors"))
+    before = _trainable(trainer.model)
+    trainer.train()
+    after = _trainable(trainer.model)
+    if all(torch.equal(before[k], after[k]) for k in before):
+        raise StageError("DPO changed no weight of the adapter; is the learning rate zero?")
+    history = tuple(_row(log) for log in trainer.state.log_history if "loss" in log)
+    if not all(torch.isfinite(torch.tensor(row["loss"])) for row in history):
+        raise StageError("the DPO loss is not finite; lower preference.learning_rate or use dtype float32")
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(target, selected_adapters=["default"], safe_serialization=True)
+    return DpoResult(
+        pairs=len(pairs),
+        steps=len(history),
+        loss_first=history[0]["loss"],
+        loss_last=history[-1]["loss"],
+        margin=history[-1]["margin"],
+        history=history,
+    )
+
+
+def _load_base(path: Path, config: PreferenceConfig, trust_remote_code: bool) -> torch.nn.Module:
+    quantised = None
+    if config.load_in_4bit:
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, config.dtype),
+        quantization_config=quantised,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _lora(config: PreferenceConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int) -> DPOConfig:
+    return DPOConfig(
+        output_dir=str(work),
+        beta=config.beta,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.batch // (workers * config.micro_batch),
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="cosine",
+        max_length=config.max_length,
+        precompute_ref_log_probs=True,
+        bf16=config.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def _trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def _row(log: dict[str, float]) -> dict[str, float]:
+    return {
+        "step": float(log.get("step", 0)),
+        "loss": float(log["loss"]),
+        "margin": float(log.get("rewards/margins", 0.0)),
+        "accuracy": float(log.get("rewards/accuracies", 0.0)),
+        "learning_rate": float(log.get("learning_rate", 0.0)),
+    }

@@ -1,0 +1,98 @@
+"""Whether a renderer was trained on anything like the user's images.
+
+A renderer draws what it has seen. If the normals lie far from its training images, its anomalies are far from the
+normals for a reason that has nothing to do with what the descriptions say. A sample of the training images' backbone
+features lies beside the weights, and the user's normals are compared with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kka_ray.errors import AssetError
+
+FILE = "reference.safetensors"
+"""Name of the file with the reference features, beside a pipeline's `model_index.json`."""
+
+THRESHOLD = 6.0
+"""`domain_distance` from which normals count as foreign."""
+
+_NEIGHBOURS = 5
+
+
+def save_reference(folder: Path, pooled: np.ndarray, backbone: str, count: int = 256, seed: int = 0) -> None:
+    """Keeps a random `count` of the training images' pooled features, (N, D), L2-normalised, in float16.
+
+    `backbone` is the identity of the backbone that made them. Raises ValueError for fewer than 12 features.
+    """
+    if len(pooled) <= 2 * _NEIGHBOURS + 1:
+        raise ValueError(f"a reference needs more than {2 * _NEIGHBOURS + 1} features, got {len(pooled)}")
+    rows = np.random.default_rng(seed).permutation(len(pooled))[:count]
+    save_file({"pooled": pooled[rows].astype(np.float16)}, folder / FILE, metadata={"backbone": backbone})
+
+
+def load_reference(folder: Path) -> tuple[np.ndarray, str] | None:
+    """The reference features, float32 (N, D), and their backbone's identity; None if the folder holds none.
+
+    Raises AssetError if the file is damaged.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "numpy") as stored:
+            return stored.get_tensor("pooled").astype(np.float32), (stored.metadata() or {})["backbone"]
+    except (SafetensorError, KeyError) as error:
+        raise AssetError(f"{file} is damaged ({error}); delete it, or fetch the renderer again") from error
+
+
+def domain_distance(normals_pooled: np.ndarray, reference_pooled: np.ndarray) -> float:
+    """How far normals lie from a renderer's training images; about 0 within its domain.
+
+    For each image the mean cosine distance to its 5 nearest references is taken. The result is the median of the
+    normals, in MADs above the median of the references themselves, each against the others. Both arguments are
+    L2-normalised pooled features of the same backbone, (N, D) and (M, D) with M > 11. Raises ValueError if D differs.
+    """
+    if normals_pooled.shape[1] != reference_pooled.shape[1]:
+        raise ValueError(f"features of different backbones: {normals_pooled.shape[1]} and {reference_pooled.shape[1]} wide")
+    within = 1 - reference_pooled @ reference_pooled.T
+    np.fill_diagonal(within, np.inf)  # an image is no neighbour of its own
+    inside = _nearest(within)
+    outside = _nearest(1 - normals_pooled @ reference_pooled.T)
+    middle = np.median(inside)
+    spread = max(float(np.median(np.abs(inside - middle))), 1e-6)
+    return float((np.median(outside) - middle) / spread)
+
+
+def domain_warning(normals_pooled: np.ndarray, backbone: str, folder: Path, subject: str) -> str | None:
+    """What to tell the user if the renderer in `folder` does not suit the normals; None if it does or cannot be told.
+
+    It cannot be told where the folder has no reference features (hub models). `backbone` is the identity of the
+    backbone that made `normals_pooled`; with another one than the reference's the message says that nothing was compared.
+    """
+    reference = load_reference(folder)
+    if reference is None:
+        return None
+    pooled, made_by = reference
+    if made_by != backbone:
+        return (
+            f"the renderer {folder} was not checked against {subject}: its reference features are of another backbone. "
+            "Use backbone.model=builtin:efficientnet-lite0 to have it checked"
+        )
+    distance = domain_distance(normals_pooled, pooled)
+    if distance < THRESHOLD:
+        return None
+    return (
+        f"the renderer {folder} was trained on other images than {subject}: the normals lie {distance:.0f} MADs from its "
+        f"training images, more than {THRESHOLD:.0f}, so its anomalies will be easy to tell whatever the text says. Name a "
+        "general text-to-image model (render.pipeline=hub:ORG/NAME), edit the normals themselves "
+        "(render.mode=img2img), or train a renderer on captioned images of the domain"
+    )
+
+
+def _nearest(distances: np.ndarray) -> np.ndarray:
+    return np.sort(distances, axis=1)[:, :_NEIGHBOURS].mean(axis=1)

@@ -1,0 +1,41 @@
+"""Writes a trained network as a diffusers folder, as small as it can be shipped."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from kka_ray.errors import AssetError
+from kka_ray.render.pipeline import KkaFlowPipeline
+from kka_ray.render.transformer import FlowTransformer
+
+MAX_BYTES = 25 * 2**20
+"""What a folder of shipped weights may hold at most."""
+
+
+def export_pipeline(average: FlowTransformer, target: Path, card: str) -> Path:
+    """Writes `target` as a diffusers pipeline in float16 safetensors, with `card` as its README.md.
+
+    `average` (the averaged network of a training) stays as it is. Whatever was in `target` is replaced. Raises
+    AssetError, leaving nothing behind, if the folder would exceed `MAX_BYTES`.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    halved = copy.deepcopy(average).half()
+    KkaFlowPipeline(halved, FlowMatchEulerDiscreteScheduler()).save_pretrained(partial, safe_serialization=True)
+    (partial / "README.md").write_text(card)
+    size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if size > MAX_BYTES:
+        shutil.rmtree(partial)
+        raise AssetError(
+            f"{target} would hold {size / 2**20:.1f} MiB, more than the {MAX_BYTES / 2**20:.0f} MiB that shipped "
+            "weights may take; train a narrower or shallower network, or save it with KkaFlowPipeline.save_pretrained"
+        )
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return target

@@ -1,0 +1,149 @@
+"""Deep SAD and k-NN: ranking by distance, determinism, collapse, pixels."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from kka_ray.config.models import DeepSad, KnnEvaluator
+from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
+from kka_ray.confusion.deep_sad import DeepSadEvaluator, Whitening, pixels
+from kka_ray.confusion.knn import Knn
+from kka_ray.errors import StageError
+from tests.confusion.clouds import DIMENSIONS, cloud
+
+NONE = np.zeros((0, DIMENSIONS), np.float32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DeepSadEvaluator(DeepSad()),
+        lambda: DeepSadEvaluator(DeepSad(components=None)),
+        lambda: Knn(KnnEvaluator(kind="knn")),
+    ],
+)
+def test_scores_rise_with_the_distance_of_unseen_anomalies(make) -> None:
+    evaluator: Evaluator = make()
+    normals = cloud(300, 0, 0)
+    evaluator.fit(normals, np.concatenate([cloud(20, d, 10 + d) for d in (1, 3, 5)]), seed=0)
+    distances = np.repeat(np.arange(6), 40)
+    scores = evaluator.score(np.concatenate([cloud(40, d, 20 + d) for d in range(6)]))
+    assert scores.dtype == np.float32
+    assert scores.shape == (240,)
+    assert spearmanr(scores, distances)[0] >= 0.8
+
+
+def test_labelled_anomalies_are_pushed_away() -> None:
+    normals, anomalies, others = cloud(300, 0, 0), cloud(60, 1.5, 1), cloud(60, 1.5, 2)
+    # All on one side, where a one-class evaluator sees nothing special.
+    anomalies[:, 5] += 1
+    others[:, 5] += 1
+    ratios = []
+    for given in (NONE, anomalies):
+        evaluator = DeepSadEvaluator(DeepSad())
+        evaluator.fit(normals, given, seed=0)
+        ratios.append(np.median(evaluator.score(others)) / np.median(evaluator.score(cloud(200, 0, 3))))
+    assert ratios[1] > 1.5 * ratios[0]
+
+
+def test_score_is_the_squared_distance_of_the_embedding_from_the_centre() -> None:
+    evaluator = DeepSadEvaluator(DeepSad(width=7, epochs=2))
+    evaluator.fit(cloud(50, 0, 0), cloud(5, 2, 1), seed=0)
+    x = cloud(9, 1, 2)
+    assert evaluator.embed(x).shape == (9, 7)
+    assert np.allclose(evaluator.score(x), ((evaluator.embed(x) - evaluator.centre) ** 2).sum(1), rtol=1e-5)
+    assert (np.abs(evaluator.centre) >= 0.1 - 1e-6).all()
+
+
+def test_fit_repeats_bit_for_bit_and_leaves_the_global_generator_alone() -> None:
+    def scores(seed: int) -> np.ndarray:
+        evaluator = DeepSadEvaluator(DeepSad(epochs=5, pretrain_epochs=2))
+        evaluator.fit(cloud(80, 0, 0), cloud(10, 2, 1), seed=seed)
+        return evaluator.score(cloud(20, 1, 2))
+
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = scores(3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    assert np.array_equal(first, scores(3))
+    assert not np.array_equal(first, scores(4))
+
+
+def test_constant_features_collapse_and_healthy_ones_do_not() -> None:
+    constant = np.full((60, DIMENSIONS), 0.1, np.float32)
+    for normals, collapsed in ((constant, True), (cloud(60, 0, 0), False)):
+        evaluator = DeepSadEvaluator(DeepSad())
+        evaluator.fit(normals, cloud(10, 2, 1), seed=0)
+        assert (relative_variance(evaluator.embed(normals), evaluator.centre) <= COLLAPSED) == collapsed
+        assert np.isfinite(evaluator.score(cloud(5, 1, 2))).all()
+
+
+def test_no_layer_has_a_bias() -> None:
+    for config in (DeepSad(), DeepSad(input="pixels", pretrain_epochs=0)):
+        evaluator = DeepSadEvaluator(config)
+        pixel_rows = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+        evaluator.pretrain(cloud(8, 0, 0) if config.input == "features" else pixel_rows, seed=0)
+        assert all("bias" not in name for name, _ in evaluator._encoder.named_parameters())
+
+
+def test_whitening_gives_leading_components_about_equal_variance() -> None:
+    x = cloud(500, 0, 0) * np.linspace(3, 0.5, DIMENSIONS, dtype=np.float32)
+    z = Whitening(x, 10)(x)
+    assert z.shape == (500, 10)
+    assert z.std(0).min() > 0.9
+    assert np.abs(np.corrcoef(z.T) - np.eye(10)).max() < 1e-3
+
+
+def test_features_are_fast() -> None:
+    rng = np.random.default_rng(0)
+    normals, anomalies = rng.normal(size=(1600, 1280)).astype(np.float32), rng.normal(size=(300, 1280))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    DeepSadEvaluator(DeepSad(epochs=60)).fit(normals, anomalies.astype(np.float32), seed=0)
+    torch.set_num_threads(threads)
+    # Measured at 1.4 s of processor time; the limit leaves room for slow machines.
+    assert time.process_time() - started < 12
+
+
+def test_pixels_learn() -> None:
+    rng = np.random.default_rng(0)
+    base = np.full((40, 48, 48, 3), 120.0)
+    base[:, 12:36, 12:36] = (200, 60, 60)
+    shade = rng.normal(0, 20, (40, 1, 1, 1))
+    normals = pixels(list(np.clip(base + shade, 0, 255).astype(np.uint8)))
+    odd = base[:16] + shade[:16]
+    odd[:, 12:36, 12:36] = (60, 60, 200)
+    anomalies = pixels(list(np.clip(odd, 0, 255).astype(np.uint8)))
+    evaluator = DeepSadEvaluator(DeepSad(input="pixels", epochs=8, pretrain_epochs=4, batch=16))
+    evaluator.fit(normals[:30], anomalies[:8], seed=0)
+    assert evaluator.embed(normals).shape == (40, 128)
+    assert evaluator.pretrain_losses[-1] < 0.8 * evaluator.pretrain_losses[0]
+    assert evaluator.losses[-1] < 0.8 * evaluator.losses[0]
+    assert evaluator.score(anomalies[8:]).min() > np.median(evaluator.score(normals[30:]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((1, 4), np.float32), "at least 2"),
+        (np.zeros((4, 4, 4), np.float32), "(N, D)"),
+        (np.full((4, 4), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_bad_normals_are_refused(rows: np.ndarray, message: str) -> None:
+    for evaluator in (DeepSadEvaluator(DeepSad()), Knn(KnnEvaluator(kind="knn"))):
+        with pytest.raises(StageError) as error:
+            evaluator.pretrain(rows, seed=0)
+        assert message in str(error.value)
+
+
+def test_pixels_must_be_small_bytes() -> None:
+    with pytest.raises(StageError, match="uint8"):
+        DeepSadEvaluator(DeepSad(input="pixels")).pretrain(np.zeros((4, 64, 64, 3), np.uint8), seed=0)

@@ -1,0 +1,167 @@
+"""Cross-fitting: folds, verdicts, diagnostics, the auditor."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from kka_ray.config.models import ConfusionConfig, DeepSad, KnnEvaluator
+from kka_ray.confusion import judge as judging
+from kka_ray.confusion.deep_sad import DeepSadEvaluator
+from kka_ray.confusion.judge import JudgeResult, audit, fold_of, judge
+from kka_ray.errors import StageError
+from kka_ray.features.base import Features
+from tests.confusion.clouds import DIMENSIONS, cloud
+
+CONFIG = ConfusionConfig(evaluator=DeepSad(epochs=20, pretrain_epochs=3))
+TRAIN, VALIDATION = cloud(200, 0, 0), cloud(80, 0, 1)
+
+
+def drawn(count: int) -> tuple[list[str], list[int], np.ndarray, list[str]]:
+    """Images of two rounds at distances 0 to 5, each description twice."""
+    ids = [f"r{i % 2}-p000-s{i:03d}" for i in range(count)]
+    features = np.concatenate([cloud(1, i % 6, 100 + i) for i in range(count)]) if count else np.zeros((0, DIMENSIONS))
+    return ids, [i % 2 for i in range(count)], features.astype(np.float32), [f"flower {i // 2}" for i in range(count)]
+
+
+def run(count: int, config: ConfusionConfig = CONFIG, seed: int = 0) -> JudgeResult:
+    return judge(*drawn(count), TRAIN, VALIDATION, config, seed)
+
+
+@pytest.fixture(scope="module")
+def result() -> JudgeResult:
+    return run(90)
+
+
+def test_no_image_is_judged_by_an_evaluator_that_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[set[bytes]] = []
+    scored: list[tuple[set[bytes], set[bytes]]] = []
+    train, score = DeepSadEvaluator.train, DeepSadEvaluator.score
+
+    def spy_train(self: DeepSadEvaluator, anomalies: np.ndarray) -> None:
+        self.seen = {row.tobytes() for row in anomalies}  # type: ignore[attr-defined]
+        trained.append(self.seen)  # type: ignore[attr-defined]
+        train(self, anomalies)
+
+    def spy_score(self: DeepSadEvaluator, rows: np.ndarray) -> np.ndarray:
+        scored.append((getattr(self, "seen", set()), {row.tobytes() for row in rows}))
+        return score(self, rows)
+
+    monkeypatch.setattr(DeepSadEvaluator, "train", spy_train)
+    monkeypatch.setattr(DeepSadEvaluator, "score", spy_score)
+    ids, _, features, _ = drawn(60)
+    result = run(60)
+    assert len(trained) == 3
+    assert all(not (seen & rows) for seen, rows in scored)
+    for fold, known in result.trained_on.items():
+        rows = {features[ids.index(i)].tobytes() for i in known}
+        assert rows in trained
+        held_out = {v.id for v in result.verdicts if v.fold == fold}
+        assert held_out
+        assert held_out | set(known) == set(ids)
+        assert not held_out & set(known)
+
+
+def test_copies_of_a_description_share_a_fold_and_folds_stay(result: JudgeResult) -> None:
+    texts = dict(zip(*[drawn(90)[k] for k in (0, 3)], strict=True))
+    folds: dict[str, set[int]] = {}
+    for v in result.verdicts:
+        folds.setdefault(texts[v.id], set()).add(v.fold)
+    assert all(len(f) == 1 for f in folds.values())
+    assert fold_of("a", "A  red flower ", 3) == fold_of("b", "a red flower", 3)
+    earlier = {v.id: v.fold for v in run(30).verdicts}
+    later = {v.id: v.fold for v in result.verdicts}
+    assert all(later[i] == fold for i, fold in earlier.items())
+    assert min(Counter(fold_of(f"r0-{i}", "", 3) for i in range(300)).values()) > 70
+
+
+def test_verdicts_rank_by_distance_and_labels_are_disjoint_with_a_gap(result: JudgeResult) -> None:
+    assert [v.id for v in result.verdicts] == drawn(90)[0]
+    hardness = np.array([v.hardness for v in result.verdicts])
+    distance = np.arange(90) % 6
+    assert spearmanr(hardness, distance)[0] >= 0.8
+    by_label = {x: [v.hardness for v in result.verdicts if v.label == x] for x in ("normal_like", "hard", "easy")}
+    assert len(by_label["easy"]) > 10
+    assert max(by_label["hard"], default=-9) + CONFIG.gap <= min(by_label["easy"])
+    normal = [v.label for v, d in zip(result.verdicts, distance, strict=True) if d == 0]
+    assert normal.count("normal_like") >= 0.8 * len(normal)
+    # Far images keep their differences: nothing saturates.
+    assert len({v.hardness for v in result.verdicts}) == 90
+
+
+def test_diagnostics_are_finite_and_complete(result: JudgeResult) -> None:
+    d = result.diagnostics
+    assert all(np.isfinite(x) for x in d.values())
+    assert d["drawn"] == 90
+    assert sum(d[f"fold_{k}/judged"] for k in range(3)) == 90
+    assert d["auc"] > 0.7
+    assert d["collapsed_folds"] == 0
+    assert abs(sum(v for k, v in d.items() if k.startswith("share/")) - 1) < 1e-9
+
+
+def test_latent_map_keeps_far_images_further_than_normals(result: JudgeResult) -> None:
+    m = result.latent
+    assert m.normals_before.shape == m.normals_after.shape == (80, 2)
+    assert m.drawn_before.shape == m.drawn_after.shape == (90, 2)
+    far = np.arange(90) % 6 >= 4
+    for normals, images in ((m.normals_before, m.drawn_before), (m.normals_after, m.drawn_after)):
+        assert np.median(np.linalg.norm(images[far], axis=1)) > 1.5 * np.median(np.linalg.norm(normals, axis=1))
+    assert not np.allclose(m.drawn_before, m.drawn_after)
+
+
+def test_repeats_bit_for_bit(result: JudgeResult) -> None:
+    again = run(90)
+    assert again.verdicts == result.verdicts
+    assert again.diagnostics == result.diagnostics
+    assert np.array_equal(again.latent.drawn_after, result.latent.drawn_after)
+    assert run(90, seed=1).verdicts != result.verdicts
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_very_few_images(count: int) -> None:
+    result = run(count)
+    assert len(result.verdicts) == count
+    assert result.diagnostics["drawn"] == count
+    assert all(np.isfinite(x) for x in result.diagnostics.values())
+    if count == 1:
+        assert result.trained_on == {result.verdicts[0].fold: ()}
+
+
+@pytest.mark.parametrize("evaluator", [DeepSad(epochs=5), KnnEvaluator(kind="knn")])
+def test_collapse_is_reported_and_judges_nobody(evaluator) -> None:
+    constant = np.full((40, DIMENSIONS), 0.2, np.float32)
+    result = judge(*drawn(12), constant, constant[:10], CONFIG.model_copy(update={"evaluator": evaluator}), 0)
+    assert result.diagnostics["collapsed_folds"] == len(result.trained_on)
+    assert {(v.label, v.hardness) for v in result.verdicts} == {("between", 0.0)}
+
+
+def test_paper_rule_in_full_and_the_auditors_fixed_band() -> None:
+    config = CONFIG.model_copy(update={"rule": "paper", "paper_easy": 10})
+    result = run(60, config)
+    assert [v.label for v in result.verdicts].count("easy") == 10
+    assert result.band is None
+    audited = audit(*drawn(60), TRAIN, VALIDATION, config, 0)
+    assert audited.band is not None
+    assert {v.round for v in audited.verdicts} == {0, 1}
+    assert all(v.label == audited.band.label(v.hardness) for v in audited.verdicts)
+
+
+def test_rows_follow_the_input() -> None:
+    images = [np.zeros((40, 50, 3), np.uint8)] * 2
+    features = Features(np.ones((2, 5), np.float32))
+    assert judging.rows(CONFIG, features, images) is features.pooled
+    on_pixels = ConfusionConfig(evaluator=DeepSad(input="pixels"))
+    assert judging.rows(on_pixels, features, images).shape == (2, 32, 32, 3)
+
+
+def test_bad_input_is_refused() -> None:
+    ids, rounds, features, groups = drawn(4)
+    with pytest.raises(StageError, match="one row an image"):
+        judge(ids, rounds[:3], features, groups, TRAIN, VALIDATION, CONFIG, 0)
+    with pytest.raises(StageError, match="twice"):
+        judge([ids[0], *ids[:3]], rounds, features, groups, TRAIN, VALIDATION, CONFIG, 0)
+    with pytest.raises(StageError, match="validation normals"):
+        judge(ids, rounds, features, groups, TRAIN, VALIDATION[:1], CONFIG, 0)

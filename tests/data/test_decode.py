@@ -1,0 +1,189 @@
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kka_ray.data.decode import FORMATS, TooLargeError, decode, encode_png
+from kka_ray.errors import DataError
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def black_png(width: int, height: int) -> bytes:
+    """A black 1-bit PNG, made without an image in memory."""
+    squeeze, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
+    data = b"".join(squeeze.compress(row) for _ in range(height)) + squeeze.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_come_back_as_they_were(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    out = decode(saved(Image.fromarray(PIXELS), kind, **options), "a")
+    assert out.dtype == np.uint8
+    assert np.array_equal(out, PIXELS)
+
+
+def test_jpeg_is_close():
+    smooth = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    assert np.abs(decode(saved(Image.fromarray(smooth), "JPEG"), "a").astype(int) - smooth).max() <= 3
+
+
+def test_png_round_trip_repeats_byte_for_byte():
+    content = encode_png(PIXELS)
+    assert content == encode_png(np.asfortranarray(PIXELS))
+    assert np.array_equal(decode(content, "a"), PIXELS)
+
+
+@pytest.mark.parametrize("bad", [PIXELS.astype(np.float32), PIXELS[..., 0], np.zeros((4, 4, 4), np.uint8)])
+def test_encode_refuses_other_arrays(bad):
+    with pytest.raises(ValueError, match="expected uint8"):
+        encode_png(bad)
+
+
+def test_grey_gets_three_equal_channels():
+    out = decode(saved(Image.fromarray(PIXELS[..., 0]), "PNG"), "a")
+    assert np.array_equal(out, np.repeat(PIXELS[..., :1], 3, axis=2))
+
+
+def test_one_bit_is_black_and_white():
+    out = decode(saved(Image.fromarray(PIXELS[..., 0] > 127), "PNG"), "a")
+    assert set(np.unique(out)) == {0, 255}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind):
+    values = np.array([[0, 257, 25700, 65535]], np.uint16)
+    assert decode(saved(Image.fromarray(values), kind), "a")[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_big_endian_sixteen_bits_turned_by_exif():
+    values = np.array([[0, 257, 25700, 65535]], np.uint16)
+    image = Image.frombytes("I;16B", (4, 1), values.astype(">u2").tobytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = decode(saved(image, "TIFF", exif=exif), "a")
+    assert out.shape == (4, 1, 3)
+    assert out[:, 0, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_float_pixels_are_refused():
+    with pytest.raises(DataError, match=r"a\.tif.*32-bit.*convert"):
+        decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "a.tif")
+
+
+def test_transparency_is_laid_on_white():
+    image = np.zeros((2, 3, 4), np.uint8)
+    image[:, 0] = (255, 0, 0, 255)
+    image[:, 2] = (0, 0, 0, 128)
+    out = decode(saved(Image.fromarray(image), "PNG"), "a")
+    assert out[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
+
+
+def test_transparent_palette_is_laid_on_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert decode(saved(image, "PNG"), "a")[0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert decode(saved(image, "PNG", transparency=1), "a")[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_cmyk_becomes_rgb():
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(decode(saved(image, "JPEG", quality=95), "a")[8, 8].astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    out = decode(saved(Image.fromarray(PIXELS), "PNG", exif=exif), "a")
+    assert np.array_equal(out, np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_first_frame_of_several(kind):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (decode(content, "a") == (255, 0, 0)).all()
+
+
+def noisy(kind: str) -> bytes:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return saved(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), kind, **options)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
+def test_cut_short(kind, share):
+    content = noisy(kind)
+    with pytest.raises(DataError, match=r"^shots/7\.x: .*(replace|convert)"):
+        decode(content[: int(len(content) * share)], "shots/7.x")
+
+
+def test_png_without_its_last_chunk():
+    with pytest.raises(DataError, match=r"a\.png: .*cut short or damaged"):
+        decode(noisy("PNG")[:-12], "a.png")
+
+
+def test_png_with_one_flipped_bit():
+    content = bytearray(noisy("PNG"))
+    content[len(content) // 2] ^= 4
+    with pytest.raises(DataError, match=r"a\.png: .*damaged"):
+        decode(bytes(content), "a.png")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"<svg></svg>", b"%PDF-1.4", bytes(1000)]
+)
+def test_not_an_image(content):
+    with pytest.raises(DataError, match=r"^notes: .*(replace|use one of)"):
+        decode(content, "notes")
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "TGA"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(DataError, match="PNG, JPEG, WEBP, BMP, TIFF, GIF"):
+        decode(saved(Image.fromarray(PIXELS), kind), "a")
+
+
+def test_bomb_is_refused_at_once():
+    bomb = black_png(20_000, 20_000)
+    assert len(bomb) < 1_000_000
+    start = time.process_time()
+    with pytest.raises(TooLargeError, match=r"^bomb\.png: .*400000000.*scale it down"):
+        decode(bomb, "bomb.png")
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [8_001, 10_000])
+def test_limit_holds_below_the_library_s_own(side):
+    # The data of this PNG are far too short: the error shows that they were not looked at.
+    png = black_png(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", side, side))
+    png = png[:29] + struct.pack(">I", zlib.crc32(png[12:29])) + png[33:]
+    with pytest.raises(TooLargeError, match=f"{side} x {side}"):
+        decode(png, "a")
+
+
+def test_limit_is_inclusive():
+    content = encode_png(PIXELS)
+    assert decode(content, "a", max_pixels=240).shape == (12, 20, 3)
+    with pytest.raises(TooLargeError, match="20 x 12 pixels, more than the limit of 239"):
+        decode(content, "a", max_pixels=239)

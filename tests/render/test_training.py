@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kka_ray.render.training import Settings, Trainer, TrainingData, learning_rate, train
+from tests.render import tiny
+
+
+def data(rows: int = 16) -> TrainingData:
+    """Each row is one flat colour under one text; state 0 of row i's first token is i."""
+    rng = np.random.default_rng(0)
+    images = np.broadcast_to(rng.integers(0, 256, (rows, 1, 1, 3), dtype=np.uint8), (rows, 32, 32, 3)).copy()
+    text = torch.randn(rows, 4, 384, generator=torch.Generator().manual_seed(0)).half()
+    text[:, 0, 0] = torch.arange(rows)
+    return TrainingData(images, text, torch.ones(rows, 4, dtype=torch.bool))
+
+
+def trainer(steps: int, **settings: float) -> Trainer:
+    return Trainer(
+        tiny.flow_transformer(), Settings(steps=steps, **{"batch": 16, "warmup": 5, "learning_rate": 3e-3, **settings})  # type: ignore[arg-type]
+    )
+
+
+def test_loss_falls_and_every_parameter_changes(tmp_path: Path) -> None:
+    reports: list[dict[str, float]] = []
+    learner = trainer(150)
+    before = {name: p.detach().clone() for name, p in learner.network.named_parameters()}
+    average = train(learner, data(), tmp_path, reports.append)
+    assert [r["step"] for r in reports] == [50, 100, 150]
+    assert reports[-1]["loss"] < 0.7 * reports[0]["loss"]
+    assert [n for n, p in learner.network.named_parameters() if torch.equal(p, before[n])] == []
+    assert average is learner.average
+    assert not torch.equal(average.patch_in.weight, learner.network.patch_in.weight)
+
+
+def test_a_resumed_training_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = trainer(8)
+    train(whole, data(), tmp_path / "whole", lambda _: None)
+
+    first = trainer(8, checkpoint_every=5)
+    while first.step < 5:
+        first.train_step(data())
+    first.save(tmp_path / "parts")
+    second = trainer(8)
+    train(second, data(), tmp_path / "parts", lambda _: None)
+
+    assert second.step == 8
+    for part in ("network", "average"):
+        want, got = getattr(whole, part).state_dict(), getattr(second, part).state_dict()
+        assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+class _Recorder(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.rows: list[int] = []
+
+    def forward(self, noisy: torch.Tensor, time: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.rows += text[:, 0, 0].int().tolist()
+        return self.network(noisy, time, text, mask)
+
+
+def _rows(rank: int, world: int) -> list[int]:
+    learner = Trainer(tiny.flow_transformer(), Settings(steps=1, batch=64), rank, world)
+    recorder = _Recorder(learner.network)
+    learner.train_step(data(1000), recorder)
+    return recorder.rows
+
+
+def test_ranks_share_one_batch_between_them() -> None:
+    whole, first, second = _rows(0, 1), _rows(0, 2), _rows(1, 2)
+    assert len(first) == len(second) == 32
+    assert whole[0::2] == first
+    assert whole[1::2] == second
+
+
+def test_ranks_draw_different_noise() -> None:
+    seen = []
+    for rank in (0, 1):
+        learner = Trainer(tiny.flow_transformer(), Settings(steps=1, batch=4, drop_text=0), rank, 2)
+        learner.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].clone()))
+        learner.train_step(data())
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_learning_rate_warms_up_holds_and_decays() -> None:
+    settings = Settings(steps=1000, learning_rate=1.0, warmup=100, decay_from=0.5)
+    assert learning_rate(0, settings) == pytest.approx(0.01)
+    assert learning_rate(300, settings) == 1.0
+    assert learning_rate(750, settings) == pytest.approx(0.505)
+    assert learning_rate(1000, settings) == pytest.approx(0.01)
+
+
+def test_captions_are_encoded_once_and_stay_with_their_images() -> None:
+    captions = ["a red rose", "a car", "a red rose", "one much longer caption than those"]
+    encoded = TrainingData.encode(np.zeros((4, 32, 32, 3), np.uint8), captions, tiny.FakeTextEncoder(), 16)  # type: ignore[arg-type]
+    assert encoded.text.shape == (4, 8, 384)
+    assert encoded.mask.sum(1).tolist() == [5, 4, 5, 8]
+    want, _ = tiny.FakeTextEncoder().tokens(["a car"])
+    torch.testing.assert_close(encoded.text[1, :4].float(), want[0], atol=2e-3, rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
+    learner = trainer(3)
+    with torch.no_grad():
+        learner.network.patch_in.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        train(learner, data(), tmp_path, lambda _: None)
