@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -136,8 +137,10 @@ class Attempt:
 class Store:
     """Outputs of stages below a URI (`/path`, `file:///path`, `s3://bucket/prefix`, `memory://...`)."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, leases: Callable[[str, str], AbstractContextManager[None]] | None = None) -> None:
+        """`leases(stage, key)` waits until nobody else makes that output (`kka_ray.cluster.leases`)."""
         self.uri = uri
+        self._leases = leases
         try:
             self.filesystem, root = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
@@ -201,13 +204,21 @@ class Store:
         found = self.find(stage, key)
         if found is not None:
             return found
-        attempt = Attempt(self, stage, key)
-        try:
-            make(attempt)
-            return self.commit(attempt, inputs)
-        except BaseException:
-            self.discard(attempt)
-            raise
+        with self.lease(stage, key):
+            found = self.find(stage, key) if self._leases else None
+            if found is not None:
+                return found
+            attempt = Attempt(self, stage, key)
+            try:
+                make(attempt)
+                return self.commit(attempt, inputs)
+            except BaseException:
+                self.discard(attempt)
+                raise
+
+    def lease(self, stage: str, key: str) -> AbstractContextManager[None]:
+        """The right to make an output, within a block; at once where the store has no leases."""
+        return self._leases(stage, key) if self._leases else nullcontext()
 
     def discard(self, attempt: Attempt) -> None:
         """Deletes what an attempt wrote."""
@@ -217,11 +228,16 @@ class Store:
 
     def outputs(self) -> Iterator[Output]:
         """Every committed output."""
-        for path in sorted(self.filesystem.glob(self.path("*", "*", _MARKER))):
-            stage, key = path.split("/")[-3:-1]
+        for stage, key in self.names():
             found = self.find(stage, key)
             if found is not None:
                 yield found
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(stage, key) of everything with a marker; reads none of them."""
+        for path in sorted(self.filesystem.glob(self.path("*", "*", _MARKER))):
+            stage, key = path.split("/")[-3:-1]
+            yield stage, key
 
     def size(self, stage: str, key: str) -> int:
         """Bytes of everything below an output's folder."""

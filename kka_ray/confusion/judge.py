@@ -61,6 +61,8 @@ class JudgeResult:
     band: Band | None
     latent: LatentMap
     trained_on: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    validation_hardness: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Hardness of the validation normals under each fold's evaluator, float64 (folds x validation normals,)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def judge(
     done = [v for v in verdicts if v is not None]
     trained_on = {k: tuple(ids[i] for i in np.flatnonzero(assigned != k).tolist()) for k in used}
     latent = _latent_map(pretrained, folds, features, validation_normals)
-    return JudgeResult(done, _diagnostics(folds, done, band, trained_on), band, latent, trained_on)
+    validation = np.concatenate([f.validation_hardness for f in folds])
+    return JudgeResult(done, _diagnostics(folds, done, band, trained_on), band, latent, trained_on, validation)
 
 
 def audit(

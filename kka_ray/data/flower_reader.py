@@ -1,8 +1,8 @@
 """Reads the species attributes off a picture of the demo domain: a small convolutional network with a head each.
 
-It answers "does the picture show what the text says?" for drawn flowers, in tests and in benchmarks; nothing in the loop
-uses it. It is trained on procedurally drawn flowers, none of which has a held-out combination of attributes, and with
-augmentation that resembles what renderers do to a picture: blur, noise, shifted colours, 8 x 8 block artefacts.
+It answers "does the picture show what the text says?" for drawn flowers, in tests and in benchmarks; nothing in the
+loop uses it. It is trained on procedurally drawn flowers, none of which has a held-out combination of attributes, and
+with augmentation that resembles what renderers do to a picture: blur, noise, shifted colours, 8 x 8 block artefacts.
 
 The shipped weights are made by `python -m kka_ray.data.flower_reader train`.
 """
@@ -140,8 +140,9 @@ class FlowerReader:
 def accuracy(reader: FlowerReader, images: np.ndarray, truth: list[Flower]) -> dict[str, float]:
     """The share of pictures on which each attribute is read right, and `all`: every attribute at once."""
     read = reader.read(images).flowers
-    right = {name: [getattr(a, name) == getattr(b, name) for a, b in zip(read, truth, strict=True)] for name in ATTRIBUTES}
-    right["all"] = [a == b for a, b in zip(read, truth, strict=True)]
+    pairs = list(zip(read, truth, strict=True))
+    right = {name: [getattr(a, name) == getattr(b, name) for a, b in pairs] for name in ATTRIBUTES}
+    right["all"] = [a == b for a, b in pairs]
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 
@@ -289,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kka_ray.data.flower_reader", description=main.__doc__)
     parser.add_argument("verb", choices=["train"])
     parser.add_argument("--images", type=int, default=20_000, help="training pictures")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw the pictures")
     parser.add_argument("--threads", type=int, default=1, help="threads that compute")
     parser.add_argument("--cache", type=Path, default=None, help="folder in which drawn pictures are kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ def diversity(embeddings: np.ndarray) -> float:
 
 def distinct_2(lines: Sequence[str]) -> float:
     """Share of distinct word pairs among all pairs of neighbouring words (Li et al., 2016); 0 where there are none."""
-    pairs = [pair for line in lines for pair in zip(words := line.lower().split(), words[1:], strict=False)]
+    pairs = [pair for line in lines for pair in itertools.pairwise(line.lower().split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 

@@ -1,1 +1,27 @@
 """Image anomaly detectors under one contract: fit, score, heatmap, save, load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kka_ray.config.models import Detector as DetectorConfig
+from kka_ray.detectors.base import Detector
+from kka_ray.detectors.head import LinearHeadDetector
+from kka_ray.detectors.knn import KnnDetector
+from kka_ray.detectors.mahalanobis import MahalanobisDetector
+from kka_ray.detectors.simplenet import SimpleNetDetector
+
+DETECTORS: dict[str, Callable[[Any], Detector]] = {
+    "simplenet": SimpleNetDetector,
+    "knn": KnnDetector,
+    "mahalanobis": MahalanobisDetector,
+    "head": LinearHeadDetector,
+    "fused": LinearHeadDetector,
+}
+"""From a configuration's `kind` to the class that it configures."""
+
+
+def build(config: DetectorConfig) -> Detector:
+    """The detector of a configuration, not yet fitted."""
+    return DETECTORS[config.kind](config)

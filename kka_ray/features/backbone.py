@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ _CPU_BATCH = 16
 """On a CPU maps of more images than this leave the cache: EfficientNet-Lite0 at 96 px is then a third slower."""
 
 
-class _Encoder(Protocol):
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+class _Encoder(ABC):
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
     network: nn.Module
 
+    @abstractmethod
     def __call__(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
         """Pooled features (N, D) and, if asked for, patch features (N, C, h, w)."""
 
@@ -51,7 +53,9 @@ class Backbone:
 
     @classmethod
     def load(cls, config: BackboneConfig, device: str = "cpu") -> Self:
-        """The backbone named by `config.model` on `device`. Raises AssetError if it is missing or unsuitable."""
+        """The backbone named by `config.model` on `device`. Raises AssetError if it is missing or unsuitable,
+        ConfigError if `config.image_size` is less than one of its patches.
+        """
         model = assets.resolve(config.model)
         encoder: _Encoder
         if config.model == "builtin:efficientnet-lite0":
@@ -114,9 +118,7 @@ def _one_grid(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat(scaled, 1)
 
 
-class _EfficientNet:
-    mean, std = _IMAGENET_MEAN, _IMAGENET_STD
-
+class _EfficientNet(_Encoder):
     def __init__(self, folder: Path) -> None:
         self.network = efficientnet.load(folder)
 
@@ -125,7 +127,7 @@ class _EfficientNet:
         return last.mean((2, 3)), _one_grid([eighth, sixteenth]) if patches else None
 
 
-class _Transformers:
+class _Transformers(_Encoder):
     """Vision transformers (pooled: mean of the patch tokens) and convolutional networks (mean of the last map)."""
 
     def __init__(self, reference: str, folder: Path, size: int) -> None:
@@ -141,8 +143,12 @@ class _Transformers:
         parameters = inspect.signature(model.forward).parameters
         if model.main_input_name != "pixel_values" or "pixel_values" not in parameters:
             raise AssetError(f"{reference} is no image backbone: its input is {model.main_input_name}")
-        self.reference, self.size = reference, size
+        self.size = size
         self.patch_size = getattr(model.config, "patch_size", None)
+        if isinstance(self.patch_size, int) and self.patch_size > size:
+            raise ConfigError(
+                f"image_size = {size} is less than one patch of {reference}, {self.patch_size} px: raise image_size"
+            )
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
         self.mean, self.std = _statistics(folder)
         self.network: nn.Module = model.eval().requires_grad_(False)
@@ -166,10 +172,6 @@ class _Transformers:
         side = self.size // self.patch_size if isinstance(self.patch_size, int) else math.isqrt(count)
         if side * side > count:
             side = math.isqrt(count)  # hierarchical networks merge patches
-        if side == 0:
-            raise ConfigError(
-                f"features.image_size = {self.size} is less than a patch of {self.reference} ({self.patch_size} px)"
-            )
         patches = tokens[:, count - side * side :]
         return patches.transpose(1, 2).reshape(len(tokens), -1, side, side)
 

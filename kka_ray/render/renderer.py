@@ -88,9 +88,9 @@ class Renderer:
         is the (resized) photograph's. At most `config.chunk` pictures are drawn at once; the same call with the same
         thread count repeats bit for bit.
 
-        A text on which the pipeline raises is found by halving and does not touch its neighbours. A picture
-        that is not finite, or of one colour (which is what safety checkers leave), is an error as well. Raises ValueError
-        for arguments of unequal length, ResourceError if the memory does not suffice.
+        A text on which the pipeline raises is found by halving and does not touch its neighbours. A picture that is
+        not finite, or of one colour (which is what safety checkers leave), is an error as well. Raises ValueError for
+        arguments of unequal length, ResourceError if the memory does not suffice.
         """
         if len(seeds) != len(texts) or (normals is not None and len(normals) != len(texts)):
             raise ValueError(f"{len(texts)} texts need as many seeds ({len(seeds)}) and normals")
@@ -148,10 +148,12 @@ class Renderer:
         with torch.inference_mode():
             images = np.asarray(self._pipeline(**arguments).images)
         rows = [_finish(image) for image in images]
-        return [
-            np.where(mask[..., None], row, photograph) if isinstance(row, np.ndarray) else row
-            for row, mask, photograph in zip(rows, masks, photographs, strict=True)
-        ] if masks else rows
+        for i, mask in enumerate(masks):
+            row = rows[i]
+            if isinstance(row, np.ndarray):
+                # Latent pipelines change the rest of the photograph as well, if only by encoding and decoding it.
+                rows[i] = np.where(mask[..., None], row, photographs[i])
+        return rows
 
     def _fixed_arguments(self) -> dict[str, Any]:
         config, accepted = self.config, inspect.signature(self._pipeline.__call__).parameters
@@ -259,7 +261,8 @@ def _own_side(pipeline: Any) -> int | None:
         return pipeline.image_size
     scale = getattr(pipeline, "vae_scale_factor", 1)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    side = getattr(getattr(network, "config", None), "sample_size", None) or getattr(pipeline, "default_sample_size", None)
+    side = getattr(getattr(network, "config", None), "sample_size", None)
+    side = side or getattr(pipeline, "default_sample_size", None)
     return side * scale if isinstance(side, int) else None
 
 
@@ -277,9 +280,8 @@ def _finish(image: np.ndarray) -> np.ndarray | DrawError:
         return DrawError("the picture is not finite; half precision may have overflowed: try render.dtype=float32")
     pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     if not np.ptp(pixels, axis=(0, 1)).any():
-        return DrawError(
-            f"the picture is of one colour, RGB {tuple(pixels[0, 0].tolist())}: a safety checker, or numbers that overflowed"
-        )
+        colour = tuple(pixels[0, 0].tolist())
+        return DrawError(f"the picture is of one colour, RGB {colour}: a safety checker, or numbers that overflowed")
     return pixels
 
 

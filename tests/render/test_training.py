@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,8 @@ def data(rows: int = 16) -> TrainingData:
 
 
 def trainer(steps: int, **settings: float) -> Trainer:
-    return Trainer(
-        tiny.flow_transformer(), Settings(steps=steps, **{"batch": 16, "warmup": 5, "learning_rate": 3e-3, **settings})  # type: ignore[arg-type]
-    )
+    defaults = {"batch": 16, "warmup": 5, "learning_rate": 3e-3}
+    return Trainer(tiny.flow_transformer(), Settings(steps=steps, **{**defaults, **settings}))  # type: ignore[arg-type]
 
 
 def test_loss_falls_and_every_parameter_changes(tmp_path: Path) -> None:
@@ -98,7 +98,8 @@ def test_learning_rate_warms_up_holds_and_decays() -> None:
 
 def test_captions_are_encoded_once_and_stay_with_their_images() -> None:
     captions = ["a red rose", "a car", "a red rose", "one much longer caption than those"]
-    encoded = TrainingData.encode(np.zeros((4, 32, 32, 3), np.uint8), captions, tiny.FakeTextEncoder(), 16)  # type: ignore[arg-type]
+    encoder: Any = tiny.FakeTextEncoder()
+    encoded = TrainingData.encode(np.zeros((4, 32, 32, 3), np.uint8), captions, encoder, 16)
     assert encoded.text.shape == (4, 8, 384)
     assert encoded.mask.sum(1).tolist() == [5, 4, 5, 8]
     want, _ = tiny.FakeTextEncoder().tokens(["a car"])

@@ -70,7 +70,7 @@ class Branch(nn.Module):
         self.tail.bias.fill_(float(-scale * (near + far) / 2))
 
     def _whitening(self, x: Tensor, shrinkage: float, generator: torch.Generator) -> Tensor:
-        """A matrix (width, C) that makes x (N, C) nearly white; directions without variance weigh most, not without limit."""
+        """A matrix (width, C) that makes x (N, C) nearly white; shrinkage bounds the directions without variance."""
         x = x.double()
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
         mean = float(values.mean())

@@ -45,14 +45,15 @@ class SimpleNetDetector(Detector):
         image = self._new_branch(x.shape[1])
         image.start(x, config.shrinkage, config.noise, config.margin, generator)
         negatives = None if anomalies is None else torch.from_numpy(anomalies.pooled)
-        self._train(image, x, len(x), _image_batch, _image_negatives(image, negatives, config.batch, generator), generator)
+        drawn = _image_negatives(negatives, config.batch, generator)
+        self._train(image, x, _image_batch, drawn, generator)
 
         grid = _patches(normals)
         patch = self._new_branch(grid.shape[2])
         patch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
         pick = _patch_batch(config.patches_per_image, generator)
         hard = _patch_negatives(patch, anomalies, config.anomaly_patches, generator)
-        self._train(patch, grid, len(grid), pick, hard, generator)
+        self._train(patch, grid, pick, hard, generator)
 
         self._branches = {"image": image, "patch": patch}
         self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
@@ -90,15 +91,17 @@ class SimpleNetDetector(Detector):
         self,
         branch: Branch,
         data: Tensor,
-        count: int,
         pick: Callable[[Tensor, Tensor], Tensor],
         negatives: Callable[[], Tensor] | None,
         generator: torch.Generator,
     ) -> None:
-        config = self.config
+        config, count = self.config, len(data)
         discriminator = [*branch.hidden.parameters(), *branch.tail.parameters()]
         # The adaptor moves at a tenth of the rate, as in the authors' code.
-        groups = [{"params": [*branch.adaptor.parameters()], "lr": config.learning_rate / 10}, {"params": discriminator}]
+        groups: list[dict[str, Any]] = [
+            {"params": [*branch.adaptor.parameters()], "lr": config.learning_rate / 10},
+            {"params": discriminator},
+        ]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=1e-5)
         steps = config.epochs * -(-count // config.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -108,7 +111,7 @@ class SimpleNetDetector(Detector):
             loss = truncated_l1(branch.discriminate(z), config.margin, normal=True)
             loss = loss + truncated_l1(branch.discriminate(noisy), config.margin, normal=False)
             if negatives is not None:
-                outputs = branch(negatives())
+                outputs = branch(_mix(negatives(), generator))
                 loss = loss + config.anomaly_weight * truncated_l1(outputs, config.margin, normal=False)
             optimizer.zero_grad()
             loss.backward()
@@ -159,9 +162,13 @@ def _patch_batch(per_image: int, generator: torch.Generator) -> Callable[[Tensor
     return pick
 
 
-def _image_negatives(
-    branch: Branch, anomalies: Tensor | None, batch: int, generator: torch.Generator
-) -> Callable[[], Tensor] | None:
+def _mix(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random points between the rows of x (N, C) and others of them: a few anomalies are soon known by heart."""
+    share = torch.rand(len(x), 1, generator=generator)
+    return share * x + (1 - share) * x[torch.randperm(len(x), generator=generator)]
+
+
+def _image_negatives(anomalies: Tensor | None, batch: int, generator: torch.Generator) -> Callable[[], Tensor] | None:
     if anomalies is None:
         return None
     return lambda: anomalies[torch.randint(len(anomalies), (batch,), generator=generator)]

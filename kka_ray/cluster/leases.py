@@ -1,0 +1,93 @@
+"""Leases on outputs in the making, so that two trials that want the same one do not both make it.
+
+One actor of the job keeps the ledger. A holder beats every few seconds from a thread of its process, so a lease whose
+process died runs out by itself and the next in line makes the output. Leases save work and guard nothing: two attempts
+at the same output have the same content, and the store takes either.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from kka_ray.store import Store
+
+EXPIRY = 60.0
+"""Seconds without a beat after which a lease is free."""
+BEAT = 10.0
+"""Seconds between two beats."""
+_NAME = "kka-leases"
+
+
+@dataclass
+class Ledger:
+    """Who is making what."""
+
+    expiry: float = EXPIRY
+    clock: Callable[[], float] = time.monotonic
+    _leases: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+
+    def acquire(self, stage: str, key: str, holder: str) -> bool:
+        """Whether `holder` has the lease now: it was free, has run out, or was the holder's already."""
+        now = self.clock()
+        there = self._leases.get((stage, key))
+        if there is not None and there[0] != holder and now - there[1] <= self.expiry:
+            return False
+        self._leases[stage, key] = (holder, now)
+        return True
+
+    def release(self, stage: str, key: str, holder: str) -> None:
+        """Frees the lease, unless it has run out and gone to another."""
+        if self._leases.get((stage, key), ("", 0.0))[0] == holder:
+            del self._leases[stage, key]
+
+
+class Leases:
+    """Hands out leases in one process. `call(method, *arguments)` reaches the ledger."""
+
+    def __init__(self, call: Callable[..., Any], *, poll: float = 0.5, beat: float = BEAT) -> None:
+        self._call, self._poll, self._beat = call, poll, beat
+
+    @contextmanager
+    def __call__(self, stage: str, key: str) -> Iterator[None]:
+        """Waits for the lease on an output and holds it within the block."""
+        lease = (stage, key, uuid.uuid4().hex)
+        while not self._call("acquire", *lease):
+            time.sleep(self._poll)
+        done = threading.Event()
+        beating = threading.Thread(target=self._keep, args=(done, lease), name="kka-lease", daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beating.join()
+            self._call("release", *lease)
+
+    def _keep(self, done: threading.Event, lease: tuple[str, str, str]) -> None:
+        while not done.wait(self._beat) and self._call("acquire", *lease):
+            pass
+
+
+def start() -> Any:
+    """The job's ledger actor, started if need be. It lives as long as the process that started it."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger)
+    return actor.options(name=_NAME, get_if_exists=True, scheduling_strategy="DEFAULT").remote()
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`, with leases where this process's job has a ledger."""
+    if not ray.is_initialized():
+        return Store(uri)
+    try:
+        actor = ray.get_actor(_NAME)
+    except ValueError:
+        return Store(uri)
+    return Store(uri, leases=Leases(lambda method, *arguments: ray.get(getattr(actor, method).remote(*arguments))))

@@ -1,0 +1,156 @@
+"""Ray Train V2 jobs: DPO, and the fitting of detectors. What they make goes into the store; nothing is left behind."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from kka_ray.config.models import ClusterConfig
+from kka_ray.errors import KkaError, StageError
+
+
+def run(
+    name: str,
+    function: Callable[[dict[str, Any]], None],
+    arguments: Mapping[str, Any],
+    workers: int,
+    cluster: ClusterConfig,
+) -> None:
+    """Runs `function(arguments)` on `workers` processes of one Ray Train job and waits for its end.
+
+    The function writes what it makes into the store. A worker that dies has the job started again, up to
+    `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one used before
+    would load the old job's state.
+    """
+    with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
+        trainer = TorchTrainer(
+            function,
+            train_loop_config={**arguments, "threads": cluster.train_threads},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=cluster.train_gpus > 0,
+                resources_per_worker=_resources(cluster),
+            ),
+            run_config=RunConfig(
+                name=f"{name}-{uuid.uuid4().hex[:8]}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=cluster.max_restarts),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _reason(name, error) from error
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    resources = {"CPU": cluster.train_cpus}
+    if cluster.train_gpus:
+        resources["GPU"] = cluster.train_gpus
+    return resources
+
+
+def _reason(name: str, error: TrainingFailedError) -> KkaError:
+    failures = getattr(error, "worker_failures", {}) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, KkaError):
+            return cause
+    return StageError(f"the Ray Train job {name} failed: {error}")
+
+
+def rank() -> tuple[int, int]:
+    """This worker's number and the number of workers, inside a job."""
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
+def dpo_worker(arguments: dict[str, Any]) -> None:
+    """One worker of a DPO job: `pairs` (key in stage `pairs`) train an adapter, committed by the first worker."""
+    import torch
+
+    from kka_ray.preference.dpo import VERSION, train_dpo
+    from kka_ray.records import PreferencePair, from_table
+    from kka_ray.store import Attempt, Store, stage_key
+
+    torch.set_num_threads(arguments["threads"])
+    number, workers = rank()
+    store = Store(arguments["store"])
+    found = store.find("pairs", arguments["pairs"])
+    if found is None:
+        raise StageError(f"pairs/{arguments['pairs']} is not in the store")
+    previous = store.find("dpo", arguments["previous"]) if arguments["previous"] else None
+    attempt = Attempt(store, "dpo", stage_key("dpo", VERSION, arguments["inputs"]))
+    with tempfile.TemporaryDirectory(prefix="kka-dpo-") as temporary:
+        work = Path(temporary)
+        result = train_dpo(
+            from_table(PreferencePair, found.table()),
+            arguments["model"],
+            previous.local / "adapter" if previous else None,
+            arguments["config"],
+            arguments["seed"],
+            work / "result" / "adapter",
+            work / "trl",
+            workers=workers,
+            trust_remote_code=arguments["trust_remote_code"],
+        )
+        if number == 0:
+            attempt.folder(work / "result")
+            attempt.json(result.to_json(), "result")
+            store.commit(attempt, arguments["inputs"])
+
+
+def fit_worker(arguments: dict[str, Any]) -> None:
+    """One worker of a fitting job: of the fits it does every n-th, each committed as soon as it is done."""
+    import time
+
+    import torch
+
+    from kka_ray.cluster.leases import open_store
+    from kka_ray.detectors.tuned import VERSION, TunedDetector
+    from kka_ray.features.backbone import Backbone
+    from kka_ray.features.cache import read_features
+    from kka_ray.store import Attempt
+
+    torch.set_num_threads(arguments["threads"])
+    number, workers = rank()
+    store = open_store(arguments["store"])
+    backbone = Backbone.load(arguments["backbone"], "cpu")
+
+    def features(key: str | None) -> Any:
+        if key is None:
+            return None
+        output = store.find("features", key)
+        if output is None:
+            raise StageError(f"features/{key} is not in the store")
+        return read_features(output, patches=arguments["patches"])
+
+    normals, validation = features(arguments["train"]), features(arguments["validation"])
+    for fit in arguments["fits"][number::workers]:
+
+        def make(attempt: Attempt, fit: dict[str, Any] = fit) -> None:
+            started = time.perf_counter()
+            tuned = TunedDetector.fit(
+                fit["detector"],
+                backbone,
+                normals,
+                features(fit["anomalies"]),
+                validation,
+                seed=fit["seed"],
+                false_positive_rate=arguments["false_positive_rate"],
+            )
+            seconds = time.perf_counter() - started
+            with tempfile.TemporaryDirectory(prefix="kka-fit-") as folder:
+                tuned.save(Path(folder) / "detector")
+                attempt.folder(Path(folder))
+            attempt.json({"fit_seconds": round(seconds, 3)}, "fit")
+
+        store.get_or_make("fit", VERSION, fit["inputs"], make)

@@ -1,0 +1,192 @@
+"""A detector that is ready for images: backbone, fitted detector and calibration, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kka_ray.config.models import BackboneConfig
+from kka_ray.config.models import Detector as DetectorConfig
+from kka_ray.detectors import build
+from kka_ray.detectors.base import Detector
+from kka_ray.detectors.robust import Robust
+from kka_ray.errors import AssetError, DataError
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.base import Features
+
+VERSION = 1
+"""Part of the store's keys; raised when what is fitted changes."""
+
+_FORMAT = 1
+_QUANTILES = np.linspace(0, 1, 201)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a tuned detector says of N images.
+
+    score: float32 (N,), higher is more anomalous, in the detector's own unit.
+    robust_z: float32 (N,), MADs above the median of validation normals.
+    percentile: float32 (N,), 0 to 100, share of validation normals that score less; saturates beyond the worst one.
+    anomalous: bool (N,), whether the score exceeds the threshold.
+    """
+
+    score: np.ndarray
+    robust_z: np.ndarray
+    percentile: np.ndarray
+    anomalous: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The scores of validation normals, summed up."""
+
+    threshold: float
+    false_positive_rate: float
+    normal: Robust
+    quantiles: tuple[float, ...]
+    """Scores at 201 equal steps from the least to the largest."""
+
+    @classmethod
+    def of(cls, scores: np.ndarray, false_positive_rate: float) -> Self:
+        """Of validation normals' scores (N,): the threshold is their quantile `1 - false_positive_rate`."""
+        values = scores.astype(np.float64)
+        threshold = float(np.quantile(values, 1 - false_positive_rate))
+        steps = tuple(float(q) for q in np.quantile(values, _QUANTILES))
+        return cls(threshold, false_positive_rate, Robust.of(scores), steps)
+
+    def judge(self, score: np.ndarray) -> Scores:
+        """Scores (N,) on the scale of normals."""
+        percentile = 100 * np.interp(score, self.quantiles, _QUANTILES)
+        z = self.normal(score).astype(np.float32)
+        return Scores(score, z, percentile.astype(np.float32), score > self.threshold)
+
+
+class TunedDetector:
+    """Backbone, detector and calibration. Made by `fit` or `load`."""
+
+    def __init__(
+        self, config: DetectorConfig, backbone: Backbone, detector: Detector, calibration: Calibration
+    ) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.detector = detector
+        self.calibration = calibration
+
+    @classmethod
+    def fit(
+        cls,
+        config: DetectorConfig,
+        backbone: Backbone,
+        normals_features: Features,
+        anomalies_features: Features | None,
+        validation_features: Features,
+        seed: int,
+        false_positive_rate: float,
+    ) -> Self:
+        """Fits a detector to features that `backbone` extracted, and calibrates it on the validation normals.
+
+        Raises DataError without normals or validation normals, ValueError if the detector needs anomalies or patches
+        and there are none.
+        """
+        for name, features in (("training", normals_features), ("validation", validation_features)):
+            if len(features) == 0:
+                raise DataError(f"there are no {name} normals to fit the detector {config.kind} with")
+        detector = build(config)
+        detector.fit(normals_features, anomalies_features, validation_features, seed)
+        calibration = Calibration.of(detector.score(validation_features), false_positive_rate)
+        return cls(config, backbone, detector, calibration)
+
+    def score(self, features: Features) -> Scores:
+        """Scores of features that the same backbone extracted."""
+        return self.calibration.judge(self.detector.score(features))
+
+    def score_images(self, images: Sequence[np.ndarray]) -> Scores:
+        """Scores of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
+        return self.score(self.backbone.extract(images, self.detector.needs_patches))
+
+    def heatmap_images(self, images: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Scores by place, float32 (N, H, W) in the size of the images; None if the detector does not localise.
+
+        Raises DataError if the images differ in size: they do not fit one array.
+        """
+        sizes = {image.shape[:2] for image in images}
+        if len(sizes) > 1:
+            raise DataError(
+                f"heat maps of images of different sizes ({sorted(sizes)[:3]}, ...): pass one size at a time"
+            )
+        heat = self.detector.heatmap(self.backbone.extract(images, self.detector.needs_patches))
+        if heat is None:
+            return None
+        (size,) = sizes
+        scaled = F.interpolate(torch.from_numpy(heat)[:, None], size, mode="bilinear", align_corners=False)
+        return scaled[:, 0].numpy()
+
+    def save(self, folder: Path) -> None:
+        """Writes `detector.safetensors` and `detector.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, state = self.detector.state()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "detector.safetensors")
+        values: dict[str, Any] = {
+            "format": _FORMAT,
+            "detector": self.config.model_dump(mode="json"),
+            "backbone": self.backbone.config.model_dump(mode="json"),
+            "backbone_identity": self.backbone.identity,
+            "calibration": asdict(self.calibration),
+            "state": state,
+        }
+        (folder / "detector.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, backbone: Backbone | None = None, device: str = "cpu") -> Self:
+        """The inverse of `save`. `backbone` spares loading it again where it is at hand; else it goes to `device`.
+
+        Raises AssetError if the folder holds no detector or a damaged one, or if the backbone is not the one that the
+        detector was fitted on.
+        """
+        file = folder / "detector.json"
+        try:
+            values = json.loads(file.read_text())
+            tensors = load_file(folder / "detector.safetensors")
+        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            raise AssetError(f"{folder} holds no readable detector: {error}") from error
+        if values.get("format") != _FORMAT:
+            raise AssetError(f"{file} has format {values.get('format')}, this version reads {_FORMAT}: fit it again")
+        try:
+            config: DetectorConfig = TypeAdapter(DetectorConfig).validate_python(values["detector"])
+            wanted = BackboneConfig.model_validate(values["backbone"])
+        except ValidationError as error:
+            raise AssetError(f"{file} was written by another version of kka_ray: {error}") from error
+        backbone = backbone or Backbone.load(wanted, device)
+        _check_backbone(folder, backbone, wanted, values["backbone_identity"])
+        known = dict(values["calibration"])
+        normal, quantiles = Robust(**known.pop("normal")), tuple(known.pop("quantiles"))
+        calibration = Calibration(normal=normal, quantiles=quantiles, **known)
+        return cls(config, backbone, build(config).restore(tensors, values["state"]), calibration)
+
+
+def _check_backbone(folder: Path, backbone: Backbone, wanted: BackboneConfig, identity: str) -> None:
+    if backbone.identity != identity:
+        raise AssetError(
+            f"the detector in {folder} was fitted on the backbone {wanted.model} with identity {identity[:12]}, but "
+            f"{backbone.config.model} has {backbone.identity[:12]}: its scores would mean nothing. Use the backbone "
+            "that it was fitted on, or fit the detector again"
+        )
+    if backbone.config.image_size != wanted.image_size:
+        raise AssetError(
+            f"the detector in {folder} was fitted on images of {wanted.image_size} px, the backbone given resizes "
+            f"to {backbone.config.image_size} px: load it with image_size = {wanted.image_size}"
+        )

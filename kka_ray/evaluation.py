@@ -1,0 +1,221 @@
+"""What the anomaly set is worth: detectors without it, with the zero-th set, with KKA's, and with sets made without a
+language model, over several seeds. Test images are opened here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from kka_ray import versions
+from kka_ray.cluster import train
+from kka_ray.config.models import Detector, RunConfig
+from kka_ray.data.base import ImageSet
+from kka_ray.detectors import build, sources
+from kka_ray.detectors.tuned import VERSION as FIT_VERSION
+from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.errors import StageError
+from kka_ray.features.base import Features
+from kka_ray.features.cache import write_features
+from kka_ray.loop import LoopResult
+from kka_ray.prepare import FEATURES_VERSION, Prepared, extract, extract_images, feature_inputs, test_set
+from kka_ray.store import Output, Store, stage_key
+
+BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An anomaly set to train with: its name, how many images it has, and the key of their features."""
+
+    name: str
+    count: int
+    features: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector, fitted with one arm and one seed, on the test images; all measures in 0..1."""
+
+    detector: str
+    arm: str
+    count: int
+    seed: int
+    auc: float
+    aupr: float
+    fpr95: float
+    fit_seconds: float
+    fit: str
+    """Key in stage `fit`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All rows, with what a data set without test anomalies has instead: thresholds and false-positive rates."""
+
+    rows: list[Row]
+    fits: dict[tuple[str, str, int], str]
+    """Key in stage `fit` by (detector, arm, seed)."""
+    arms: list[Arm]
+    test_normals: int
+    test_anomalies: int
+
+    def summary(self, detector: str, arm: str) -> dict[str, Any] | None:
+        """Mean, standard deviation (of the sample, 0 for one seed) and each seed's AUC; None if it was not run."""
+        values = [r.auc for r in self.rows if r.detector == detector and r.arm == arm]
+        return spread(values) if values else None
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON values."""
+        return [asdict(r) for r in self.rows]
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation of the sample and the values themselves."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": std, "per_seed": [float(v) for v in values]}
+
+
+def metrics(scores: np.ndarray, anomalous: np.ndarray) -> dict[str, float]:
+    """AUC, average precision and the false-positive rate at 95 % true positives; anomalies are the positive class."""
+    false_positives, true_positives, _ = roc_curve(anomalous, scores)
+    return {
+        "auc": float(roc_auc_score(anomalous, scores)),
+        "aupr": float(average_precision_score(anomalous, scores)),
+        "fpr95": float(false_positives[np.searchsorted(true_positives, 0.95)]),
+    }
+
+
+def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> Evaluation:
+    """Fits every detector with every arm, then, at the very end, scores the test images."""
+    arms = _arms(config, store, prepared, loop)
+    fits = _fit_all(config, store, prepared, arms)
+    test = test_set(config, prepared.data, store)
+    if test is None:
+        return Evaluation([], fits, arms, 0, 0)
+    features = extract(store, prepared.backbone, test, prepared.patches)
+    counts = {arm.name: arm.count for arm in arms}
+    rows = []
+    for (detector, arm, seed), key in fits.items():
+        output = _fit_output(store, key)
+        scores = TunedDetector.load(output.local / "detector", prepared.backbone).score(features).score
+        measured = metrics(scores, test.anomalous)
+        seconds = output.json("fit")["fit_seconds"]
+        rows.append(Row(detector, arm, counts[arm], seed, **measured, fit_seconds=seconds, fit=key))
+    return Evaluation(rows, fits, arms, int((~test.anomalous).sum()), int(test.anomalous.sum()))
+
+
+def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> dict[str, TunedDetector]:
+    """The headline detector alone, fitted with the loop's last kept set: one a seed, by its key in stage `fit`.
+
+    Opens no test file. Without kept images it is fitted to normals alone. Raises StageError if the detector cannot do
+    that.
+    """
+    headline = tuple(d for d in config.detect.detectors if d.kind == config.detect.headline)
+    alone = config.model_copy(update={"detect": config.detect.model_copy(update={"detectors": headline})})
+    ids = [k.id for k in loop.rounds[-1].kept]
+    arm = Arm(KKA, len(ids), _put(store, prepared, loop.features(ids), KKA, ids)) if ids else Arm(BASELINE, 0, None)
+    keys = _fit_all(alone, store, prepared, [arm]).values()
+    if not keys:
+        raise StageError(
+            f"the loop kept no image and the detector {config.detect.headline} needs anomalies; raise loop.lines, or "
+            "confusion.upper for a wider hard band"
+        )
+    return {k: TunedDetector.load(_fit_output(store, k).local / "detector", prepared.backbone) for k in keys}
+
+
+def headline_detector(config: RunConfig, store: Store, prepared: Prepared, evaluation: Evaluation) -> TunedDetector:
+    """The detector that is served: the headline one with KKA's set, of the first seed."""
+    arm = KKA if (config.detect.headline, KKA, 0) in evaluation.fits else BASELINE
+    key = evaluation.fits[config.detect.headline, arm, 0]
+    return TunedDetector.load(_fit_output(store, key).local / "detector", prepared.backbone)
+
+
+def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> list[Arm]:
+    zeroth = [k.id for k in loop.rounds[0].kept]
+    kept = [k.id for k in loop.rounds[-1].kept]
+    arms = [Arm(BASELINE, 0, None)]
+    for name, ids in ((ZEROTH, zeroth), (KKA, kept)):
+        if ids:
+            arms.append(Arm(name, len(ids), _put(store, prepared, loop.features(ids), name, ids)))
+    count = len(kept)
+    for kind in config.detect.controls if count else ():
+        if kind == "drawn_normals":
+            continue  # drawn by the loop where the renderer is asked for them
+        images = sources.make(kind, prepared.normals.train.images, count, config.seed)
+        features = extract_images(store, prepared.backbone, images, prepared.patches)
+        arms.append(Arm(kind, count, _put(store, prepared, features, kind, [str(i) for i in range(count)])))
+    return arms
+
+
+def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: list[str]) -> str:
+    """Stores a set's features under a key of their own content."""
+    import hashlib
+
+    inputs = feature_inputs(prepared.backbone.config, prepared.backbone.identity, prepared.patches) | {
+        "set": ids,
+        "pooled": hashlib.sha256(features.pooled.tobytes()).hexdigest(),
+    }
+    return store.get_or_make("features", FEATURES_VERSION, inputs, lambda a: write_features(a, features)).key
+
+
+def _wanted(detector: Detector, arm: Arm) -> bool:
+    """Detectors that ignore anomalies have one arm, those that need them all but the first."""
+    if detector.kind in ("knn", "mahalanobis"):
+        return arm.name == BASELINE
+    return arm.name != BASELINE or not build(detector).needs_anomalies
+
+
+def _fit_all(
+    config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm]
+) -> dict[tuple[str, str, int], str]:
+    train_key = _put(store, prepared, prepared.train, "train", list(prepared.normals.train.ids))
+    validation_key = _put(store, prepared, prepared.validation, "validation", list(prepared.normals.validation.ids))
+    fits, missing = {}, []
+    for detector in config.detect.detectors:
+        for arm in arms:
+            if not _wanted(detector, arm):
+                continue
+            for seed in range(config.detect.seeds):
+                inputs = {
+                    "detector": detector.model_dump(mode="json"),
+                    "train": train_key,
+                    "validation": validation_key,
+                    "anomalies": arm.features,
+                    "seed": config.seed * 1000 + seed,
+                    "false_positive_rate": config.detect.false_positive_rate,
+                    "threads": config.cluster.train_threads,
+                    "versions": versions.computing(),
+                }
+                key = stage_key("fit", FIT_VERSION, inputs)
+                fits[detector.kind, arm.name, seed] = key
+                if store.find("fit", key) is None:
+                    missing.append(
+                        {"detector": detector, "anomalies": arm.features, "seed": inputs["seed"], "inputs": inputs}
+                    )
+    if missing:
+        arguments = {
+            "store": store.uri,
+            "backbone": config.backbone,
+            "patches": prepared.patches,
+            "train": train_key,
+            "validation": validation_key,
+            "false_positive_rate": config.detect.false_positive_rate,
+            "fits": missing,
+        }
+        train.run("detect", train.fit_worker, arguments, config.detect.workers, config.cluster)
+    return fits
+
+
+def _fit_output(store: Store, key: str) -> Output:
+    output = store.find("fit", key)
+    assert output is not None, f"fit/{key} was made but is not in the store"
+    return output
+
+
+def review(images: ImageSet, scores: np.ndarray, count: int) -> list[int]:
+    """Rows of the `count` most anomalous images, the most anomalous first."""
+    return [int(i) for i in np.argsort(-scores, kind="stable")[:count]]

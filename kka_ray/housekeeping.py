@@ -1,0 +1,243 @@
+"""What the store holds, which runs refer to it, and what can go."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from kka_ray.errors import DataError
+from kka_ray.store import Output, Store
+
+LEFTOVER_AGE = timedelta(days=1)
+"""An attempt that wrote nothing for so long is not being made any more."""
+
+State = Literal["used", "held", "unused", "leftover", "growing"]
+
+_KEY = re.compile(r"[0-9a-f]{24}")
+_ATTEMPT = re.compile(r"\.?(attempt-[0-9a-f]+)(\.json)?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An output in the store, or what an attempt at one left behind.
+
+    key: of the output; of an attempt `KEY/attempt-...`.
+    size: bytes.
+    state: `used` (a finished run refers to it, directly or by way of other outputs), `held` (no finished run does, but
+    an unfinished one might), `unused`, `leftover` (of an attempt that never committed or was superseded, a day old or
+    more), `growing` (of a younger one).
+    runs: names of the runs that refer to it; of a held one, those that are not finished.
+    """
+
+    stage: str
+    key: str
+    size: int
+    state: State
+    runs: tuple[str, ...] = ()
+
+    @property
+    def removable(self) -> bool:
+        """Whether nothing would miss it."""
+        return self.state in ("unused", "leftover")
+
+
+def collect(output: Path, store_uri: str, delete: bool) -> list[Entry]:
+    """Everything in the store at `store_uri`, by stage and key; `delete` removes what is unused and leftovers.
+
+    A run is a folder below `output` with `config.yaml` or `references.json`. As long as one of them has no readable
+    `references.json`, it was interrupted or still goes on, and no output counts as unused. Runs elsewhere that share
+    the store are not seen.
+
+    Raises DataError if there is no folder `output`, or if something is to be deleted and there is no run in it while
+    the store lies elsewhere: that is more likely a wrong folder than a store that nobody wants.
+    """
+    if not output.is_dir():
+        raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
+    store = Store(store_uri)
+    inside = store.is_local and Path(store.root).resolve().is_relative_to(output.resolve())
+    runs = dict(_runs(output, Path(store.root).resolve() if store.is_local else None))
+    if delete and not runs and not inside:
+        raise DataError(
+            f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
+            "delete it yourself; otherwise name the folder of the runs with --output"
+        )
+    entries = _outputs(store, runs) + _attempts(store)
+    if delete:
+        for entry in entries:
+            if entry.state == "unused":
+                store.remove(entry.stage, entry.key)
+        for entry in entries:
+            if entry.state == "leftover":
+                _remove_attempt(store, entry)
+    return sorted(entries, key=lambda e: (e.stage, e.key))
+
+
+def show_store(entries: Sequence[Entry], console: Console, deleted: bool) -> None:
+    """A table of the stages, and what went or could go."""
+    table = Table(title="store")
+    table.add_column("stage")
+    for name in ("outputs", "size", "used", "held", "unused", "leftovers"):
+        table.add_column(name, justify="right")
+    for stage in sorted({e.stage for e in entries}):
+        own = [e for e in entries if e.stage == stage]
+        outputs = [e for e in own if e.state not in ("leftover", "growing")]
+        counts = [_count(own, state) for state in ("used", "held", "unused", "leftover")]
+        table.add_row(stage, str(len(outputs)), megabytes(sum(e.size for e in own)), *counts)
+    table.add_row("all", *_totals(entries), end_section=True)
+    console.print(table)
+    unfinished = sorted({run for e in entries if e.state == "held" for run in e.runs})
+    if unfinished:
+        console.print(
+            f"{', '.join(unfinished)}: not finished, so every output is kept. Finish with `kka resume`, or remove the "
+            "folder",
+            highlight=False,
+            soft_wrap=True,
+        )
+    removable = [e for e in entries if e.removable]
+    size = megabytes(sum(e.size for e in removable))
+    if deleted:
+        console.print(f"deleted {len(removable)} entries, {size}", highlight=False)
+    elif removable:
+        console.print(f"{len(removable)} entries, {size}, can go: `kka gc --delete`", highlight=False)
+    else:
+        console.print("nothing can go", highlight=False)
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as text."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def _count(entries: Iterable[Entry], state: State) -> str:
+    sizes = [e.size for e in entries if e.state == state]
+    return f"{len(sizes)} ({megabytes(sum(sizes))})" if sizes else ""
+
+
+def _totals(entries: Sequence[Entry]) -> list[str]:
+    outputs = sum(e.state not in ("leftover", "growing") for e in entries)
+    states: tuple[State, ...] = ("used", "held", "unused", "leftover")
+    return [str(outputs), megabytes(sum(e.size for e in entries)), *(_count(entries, state) for state in states)]
+
+
+def _runs(output: Path, store: Path | None) -> Iterator[tuple[str, set[tuple[str, str]] | None]]:
+    """Each run's name with the (stage, key) it refers to, None if it is not finished."""
+    folders = {file.parent for name in ("config.yaml", "references.json") for file in output.rglob(name)}
+    for folder in sorted(folders):
+        if store is not None and folder.resolve().is_relative_to(store):
+            continue
+        yield folder.relative_to(output).as_posix(), _references(folder / "references.json")
+
+
+def _references(file: Path) -> set[tuple[str, str]] | None:
+    try:
+        return {(str(stage), str(key)) for stage, key in json.loads(file.read_text())}
+    except (FileNotFoundError, ValueError, TypeError):
+        return None  # not written yet, or cut short: such a run may refer to anything
+
+
+def _outputs(store: Store, runs: dict[str, set[tuple[str, str]] | None]) -> list[Entry]:
+    outputs = {(o.stage, o.key): o for o in store.outputs()}
+    users: dict[tuple[str, str], list[str]] = {name: [] for name in outputs}
+    for run, named in runs.items():
+        for name in _reachable(named or set(), outputs):
+            users[name].append(run)
+    unfinished = tuple(run for run, named in runs.items() if named is None)
+    entries = []
+    for (stage, key), found in users.items():
+        size = store.size(stage, key) - sum(s for _, s, _ in _attempt_folders(store, stage, key))
+        if found:
+            entries.append(Entry(stage, key, size, "used", tuple(found)))
+        else:
+            entries.append(Entry(stage, key, size, "held" if unfinished else "unused", unfinished))
+    return entries
+
+
+def _reachable(named: set[tuple[str, str]], outputs: dict[tuple[str, str], Output]) -> set[tuple[str, str]]:
+    """The outputs named, and those that their markers name as inputs, and so on."""
+    by_key: dict[str, list[tuple[str, str]]] = {}
+    for stage, key in outputs:
+        by_key.setdefault(key, []).append((stage, key))
+    reached: set[tuple[str, str]] = set()
+    waiting = [name for name in named if name in outputs]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            inputs = outputs[name].marker.get("inputs", {})
+            waiting += [other for key in _keys(inputs) for other in by_key.get(key, ())]
+    return reached
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _keys(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _keys(part)
+    elif isinstance(value, str) and _KEY.fullmatch(value):
+        yield value
+
+
+def _attempts(store: Store) -> list[Entry]:
+    """What is in the store besides committed outputs."""
+    entries = []
+    for path in _children(store, store.root):
+        stage = path.rsplit("/", 1)[-1]
+        for folder in _children(store, path):
+            key = folder.rsplit("/", 1)[-1]
+            for name, size, newest in _attempt_folders(store, stage, key):
+                old = newest is not None and datetime.now(UTC) - newest > LEFTOVER_AGE
+                entries.append(Entry(stage, f"{key}/{name}", size, "leftover" if old else "growing"))
+    return entries
+
+
+def _attempt_folders(store: Store, stage: str, key: str) -> Iterator[tuple[str, int, datetime | None]]:
+    """(name, bytes, time of the newest file) of attempts at an output, but the committed one."""
+    committed = store.find(stage, key)
+    keep = committed.marker["attempt"] if committed else None
+    for path in store.filesystem.ls(store.path(stage, key), detail=False):
+        name = path.rstrip("/").rsplit("/", 1)[-1]
+        match = _ATTEMPT.fullmatch(name)
+        # A marker that was not renamed any more has the name of its attempt, and a dot.
+        if match and (match[1] != keep or name.startswith(".")):
+            files = store.filesystem.find(path) or [path]
+            yield name, int(store.filesystem.du(path)), _newest(store, files)
+
+
+def _newest(store: Store, files: Sequence[str]) -> datetime | None:
+    """When the last of the files was written; None where the storage does not say."""
+    times = []
+    for file in files:
+        try:
+            found = store.filesystem.modified(file)
+        except NotImplementedError:
+            return None
+        times.append(found if found.tzinfo else found.replace(tzinfo=UTC))
+    return max(times)
+
+
+def _children(store: Store, path: str) -> list[str]:
+    if not store.filesystem.isdir(path):
+        return []
+    found = [p.rstrip("/") for p in store.filesystem.ls(path, detail=False)]
+    return [p for p in sorted(found) if store.filesystem.isdir(p)]
+
+
+def _remove_attempt(store: Store, entry: Entry) -> None:
+    key, _, _ = entry.key.partition("/")
+    path = store.path(entry.stage, entry.key)
+    if store.filesystem.exists(path):  # not gone with an output that it was an attempt at
+        store.filesystem.rm(path, recursive=True)
+    folder = store.path(entry.stage, key)
+    # Object stores have no empty folders; elsewhere one would be counted for ever.
+    if store.filesystem.isdir(folder) and not store.filesystem.ls(folder, detail=False):
+        store.filesystem.rmdir(folder)

@@ -1,0 +1,290 @@
+"""The KKA loop: describe, render, judge, keep, prefer, and again. Every stage's output is in the store, so a loop that was
+interrupted goes on where it was, and two loops share what they have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from kka_ray import assets, versions
+from kka_ray.cluster import train
+from kka_ray.cluster.streaming import Drawn, Streamer
+from kka_ray.config.models import RunConfig
+from kka_ray.confusion import judge as judging
+from kka_ray.confusion import selection
+from kka_ray.confusion.selection import KeptImage
+from kka_ray.describe import drift, prompts
+from kka_ray.describe.guard import Guard
+from kka_ray.features.base import Features
+from kka_ray.features.text import TextEncoder
+from kka_ray.preference import dpo, pairs
+from kka_ray.prepare import Prepared
+from kka_ray.records import Description, PreferencePair, Prompt, Verdict, from_table, to_table
+from kka_ray.store import Attempt, Output, Store, stage_key
+
+
+class Progress(Protocol):
+    """Hears of what the loop does."""
+
+    def __call__(self, stage: str, round: int, done: int, total: int) -> None:
+        """`done` of `total` items of a stage are there."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's records and measures."""
+
+    number: int
+    descriptions: list[Description]
+    drawn: Drawn
+    kept: list[KeptImage]
+    status: str
+    """`ok`, or `stalled: ...` where DPO was left out before this round."""
+    dpo: dict[str, Any] | None
+    diversity: float
+    distinct_2: float
+    unique_share: float
+    perplexity: float
+    seconds: dict[str, float]
+    diagnostics: dict[str, float]
+
+
+@dataclass
+class LoopResult:
+    """All rounds, the auditor's verdicts over them, and the outputs that hold it all."""
+
+    prompts: list[Prompt]
+    rounds: list[Round] = field(default_factory=list)
+    audit: judging.JudgeResult | None = None
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """The last verdict on each drawn image, by id."""
+    adapter: str | None = None
+    """Key of the last adapter in stage `dpo`."""
+    outputs: list[tuple[str, str]] = field(default_factory=list)
+    """(stage, key) of everything in the store that this run refers to."""
+
+    def features(self, ids: list[str]) -> Features:
+        """Features of drawn images by id, in that order."""
+        where = {id_: (r.drawn, i) for r in self.rounds for i, id_ in enumerate(r.drawn.ids)}
+        return Features.join([where[id_][0].features.take([where[id_][1]]) for id_ in ids])
+
+    def images(self, ids: list[str]) -> list[np.ndarray]:
+        """Drawn images by id, in that order."""
+        where = {id_: image for r in self.rounds for id_, image in zip(r.drawn.ids, r.drawn.images, strict=True)}
+        return [where[id_] for id_ in ids]
+
+
+class Loop:
+    """One run of the method on prepared normals. The pools outlive its rounds; `close` ends them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        prepared: Prepared,
+        progress: Progress,
+        withheld: Callable[[Description], bool] | None = None,
+    ) -> None:
+        """`withheld` says whose images never enter the kept set; nothing else of the loop depends on it."""
+        self.config, self.store, self.prepared, self.progress = config, store, prepared, progress
+        self.withheld = withheld
+        self._withheld_ids: set[str] = set()
+        self.encoder = TextEncoder()
+        self.guard = Guard(
+            config.describe.guard, prepared.data.normal_terms, prepared.normals.train.captions, self.encoder
+        )
+        self.streamer = Streamer(config, store, prepared, self.guard)
+        self.budget = max(round(config.loop.budget * prepared.count), config.loop.min_budget)
+
+    def run(self) -> LoopResult:
+        """All rounds and the audit."""
+        config = self.config
+        result = LoopResult(self._prompts())
+        status, training = "ok", None
+        for number in range(config.loop.rounds + 1):
+            started = time.perf_counter()
+            if number:
+                result.adapter, status, training = self._prefer(result, number)
+            preferred = time.perf_counter()
+            descriptions, drawn = self._describe_and_render(result, number)
+            rendered = time.perf_counter()
+            measures = self._drift(result, number, drawn.raw)
+            judged = self._judge(result, drawn, descriptions)
+            result.verdicts = {v.id: v for v in judged.verdicts}
+            kept = self._keep(result, drawn, descriptions, number)
+            seconds = {
+                "prefer": preferred - started,
+                "describe_and_render": rendered - preferred,
+                "judge": time.perf_counter() - rendered,
+            }
+            seconds = {k: round(v, 2) for k, v in seconds.items()}
+            result.rounds.append(
+                Round(
+                    number, descriptions, drawn, kept, status, training, **measures,
+                    seconds=seconds, diagnostics=judged.diagnostics,
+                )
+            )
+            self.progress("round", number, number + 1, config.loop.rounds + 1)
+        result.audit = self._audit(result)
+        return result
+
+    def close(self) -> None:
+        """Ends the pools."""
+        self.streamer.close()
+
+    # --- the stages, in the order of the method ---
+
+    def _prompts(self) -> list[Prompt]:
+        config, prepared = self.config, self.prepared
+        inputs = {
+            "normals": prepared.identity,
+            "subject": prepared.data.subject,
+            "config": config.describe.model_dump(mode="json", include={"prompts", "examples", "instruction"}),
+            "seed": config.seed,
+            "versions": versions.computing(),
+        }
+
+        def make(attempt: Attempt) -> None:
+            built = prompts.build_prompts(
+                prepared.normals.train, prepared.train.pooled, prepared.data.subject, config.describe, config.seed
+            )
+            attempt.table(to_table(Prompt, built))
+
+        output = self.store.get_or_make("prompts", prompts.VERSION, inputs, make)
+        return from_table(Prompt, output.table())
+
+    def _describe_and_render(self, result: LoopResult, number: int) -> tuple[list[Description], Drawn]:
+        seed = self.config.seed * 1000 + number
+        descriptions, drawn = self.streamer.run(result.prompts, number, seed, result.adapter, self.progress)
+        result.outputs += drawn.outputs
+        return descriptions, drawn
+
+    def _drift(self, result: LoopResult, number: int, raw: list[tuple[str, str]]) -> dict[str, float]:
+        """Diversity and perplexity of the raw lines, before any is refused; perplexity under the untuned model."""
+        text_of = {p.id: p.text for p in result.prompts}
+        key_inputs = {"raw": _digest(raw), "model": self.streamer.sampler_identity, "versions": versions.computing()}
+
+        def make(attempt: Attempt) -> None:
+            lines = [line for _, line in raw]
+            log_probs = self.streamer.log_probs([text_of[p] for p, _ in raw], lines)
+            stripped = [line.strip() for line in lines]
+            attempt.json(
+                {
+                    "diversity": drift.diversity(self.encoder.embed(stripped)),
+                    "distinct_2": drift.distinct_2(stripped),
+                    "unique_share": drift.unique_share(stripped),
+                    "perplexity": drift.perplexity(log_probs),
+                },
+                "drift",
+            )
+
+        return dict(self.store.get_or_make("drift", 1, key_inputs, make).json("drift"))
+
+    def _judge(self, result: LoopResult, drawn: Drawn, descriptions: list[Description]) -> judging.JudgeResult:
+        """Cross-fitted verdicts on all images drawn so far."""
+        return self._cross_fit(judging.judge, [r.drawn for r in result.rounds] + [drawn], result, descriptions)
+
+    def _audit(self, result: LoopResult) -> judging.JudgeResult:
+        """One auditor over all rounds, with one band."""
+        return self._cross_fit(judging.audit, [r.drawn for r in result.rounds], result, [])
+
+    def _cross_fit(
+        self,
+        function: Callable[..., judging.JudgeResult],
+        drawn: list[Drawn],
+        result: LoopResult,
+        newest: list[Description],
+    ) -> judging.JudgeResult:
+        config, prepared = self.config, self.prepared
+        text_of = {d.id: d.text for r in result.rounds for d in r.descriptions} | {d.id: d.text for d in newest}
+        ids = [id_ for d in drawn for id_ in d.ids]
+        rounds = [int(id_[1:].split("-")[0]) for id_ in ids]
+        images = [image for d in drawn for image in d.images]
+        parts = [d.features for d in drawn if len(d.ids)]
+        features = Features.join(parts) if parts else prepared.train.take([])
+        return function(
+            ids,
+            rounds,
+            judging.rows(config.confusion, features, images),
+            [text_of[id_] for id_ in ids],
+            judging.rows(config.confusion, prepared.train, prepared.normals.train.images),
+            judging.rows(config.confusion, prepared.validation, prepared.normals.validation.images),
+            config.confusion,
+            config.seed,
+        )
+
+    def _keep(
+        self, result: LoopResult, drawn: Drawn, descriptions: list[Description], number: int
+    ) -> list[KeptImage]:
+        loop = self.config.loop
+        if self.withheld:
+            self._withheld_ids |= {d.id for d in descriptions if self.withheld(d)}
+        if number == 0:
+            size = selection.target_size(loop.mode, self.budget, loop.rounds, 0)
+            ids = [id_ for id_ in drawn.ids if id_ not in self._withheld_ids]
+            return selection.zeroth(ids, size, self.config.seed)
+        kept = result.rounds[-1].kept
+        verdicts = [v for v in result.verdicts.values() if v.id not in self._withheld_ids]
+        return selection.update(
+            kept, verdicts, loop.mode, self.budget, rounds=loop.rounds, round=number, seed=self.config.seed
+        )
+
+    def _prefer(self, result: LoopResult, number: int) -> tuple[str | None, str, dict[str, Any] | None]:
+        """The next adapter, or the present one and the reason why the round is stalled."""
+        config = self.config.preference
+        lines = [d for r in result.rounds for d in r.descriptions]
+        built = pairs.build_pairs(
+            result.prompts, lines, list(result.verdicts.values()), config, self.config.seed * 1000 + number
+        )
+        if len(built) < config.min_pairs:
+            return result.adapter, f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}", None
+        output = self._train(built, result.adapter, number)
+        result.outputs.append(("dpo", output.key))
+        self.progress("prefer", number, 1, 1)
+        return output.key, "ok", output.json("result")
+
+    def _train(self, built: list[PreferencePair], previous: str | None, number: int) -> Output:
+        table = to_table(PreferencePair, built)
+        pairs_output = self.store.get_or_make(
+            "pairs", pairs.VERSION, {"pairs": _digest(table.to_pylist())}, lambda a: a.table(table)
+        )
+        sampler = self.config.describe.sampler
+        inputs = {
+            "pairs": pairs_output.key,
+            "previous": previous,
+            "model": assets.resolve(sampler.model).identity,
+            "config": self.config.preference.model_dump(mode="json"),
+            "seed": self.config.seed * 1000 + number,
+            "threads": self.config.cluster.train_threads,
+            "versions": versions.computing(),
+        }
+        key = stage_key("dpo", dpo.VERSION, inputs)
+        with self.store.lease("dpo", key):
+            if self.store.find("dpo", key) is None:
+                self.progress("prefer", number, 0, 1)
+                arguments = {
+                    "store": self.store.uri,
+                    "pairs": pairs_output.key,
+                    "previous": previous,
+                    "model": sampler.model,
+                    "config": self.config.preference,
+                    "seed": inputs["seed"],
+                    "inputs": inputs,
+                    "trust_remote_code": sampler.trust_remote_code,
+                }
+                train.run("dpo", train.dpo_worker, arguments, self.config.preference.workers, self.config.cluster)
+        output = self.store.find("dpo", key)
+        assert output is not None, "a DPO job ended without committing its adapter"
+        return output
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+

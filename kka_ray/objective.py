@@ -1,0 +1,123 @@
+"""What a sweep maximises: AUC of the validation normals against one set of drawn anomalies, without the test images.
+
+The anomalies are the same for every trial, else trials could not be compared: images that the base configuration draws
+in its zero-th round and that its auditor calls hard or between (an easy image is told apart by any detector, a
+normal-like one should not be). They must not have trained what they measure. So the ids of that round are dealt into
+two halves by a hash, and the reference is taken from one half only; every image of that half, and every other drawn
+image with a description of that half, is kept out of a trial's anomaly set, in whichever round it was drawn. What takes
+its place is the next best image, so sets have the same size with and without the reference and trials with more rounds
+are not favoured. Withheld images are judged as ever, and their verdicts teach the language model: describing and
+drawing stay what they are in a run of their own, and everything up to the anomaly set is shared with it.
+
+The auditor sees round 0 alone: with later rounds, what counts as hard would lean towards the base configuration's own.
+
+Being drawn, the reference measures the boundary against drawn anomalies and not against real ones; and validation
+normals set the hard band and a detector's scale. Hence the champion's figure is the test AUC, which is measured once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from kka_ray.config.models import RunConfig
+from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.errors import StageError
+from kka_ray.evaluation import fit_headline
+from kka_ray.features.base import Features
+from kka_ray.loop import Loop, LoopResult, Progress
+from kka_ray.prepare import Prepared, extract_images
+from kka_ray.records import Description
+from kka_ray.store import Store
+
+FEWEST = 5
+"""Images that a reference has at least."""
+_LABELS = ("hard", "between")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The anomalies that every trial is measured with.
+
+    ids, images: of the reference, uint8 (H, W, 3), in the order of ids. withheld: descriptions of the whole half, in
+    lower case with single spaces.
+    """
+
+    ids: tuple[str, ...]
+    images: tuple[np.ndarray, ...]
+    withheld: frozenset[str]
+
+    def withholds(self, description: Description) -> bool:
+        """Whether the description's image must stay out of a trial's anomaly set."""
+        return _words(description.text) in self.withheld
+
+
+def in_reference_half(id_: str) -> bool:
+    """Whether an id belongs to the half that the reference is taken from. Depends on the id alone."""
+    return hashlib.sha256(f"reference|{id_}".encode()).digest()[0] % 2 == 0
+
+
+def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress: Progress) -> Reference:
+    """Runs the base configuration's zero-th round, or finds it in the store, and takes the reference from it.
+
+    Raises StageError if fewer than `FEWEST` images are hard or between.
+    """
+    zeroth = config.model_copy(update={"loop": config.loop.model_copy(update={"rounds": 0})})
+    loop = Loop(zeroth, store, prepared, progress)
+    try:
+        return reference_of(loop.run())
+    finally:
+        loop.close()
+
+
+def reference_of(result: LoopResult) -> Reference:
+    """The reference in a loop's zero-th round. Raises StageError if it is too small."""
+    assert result.audit is not None
+    first = result.rounds[0]
+    wanted = {v.id for v in result.audit.verdicts if v.label in _LABELS and in_reference_half(v.id)}
+    ids = tuple(sorted(id_ for id_ in first.drawn.ids if id_ in wanted))
+    if len(ids) < FEWEST:
+        labels = sorted(v.label for v in result.audit.verdicts)
+        counts = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(labels)) or "none"
+        raise StageError(
+            f"the base configuration's zero-th round has {len(ids)} hard or between images in the reference half, "
+            f"fewer than {FEWEST}: nothing to measure trials with (drawn: {counts}). Raise run.loop.lines, or "
+            "run.confusion.upper for a wider hard band"
+        )
+    withheld = frozenset(_words(d.text) for d in first.descriptions if d.text and in_reference_half(d.id))
+    return Reference(ids, tuple(result.images(list(ids))), withheld)
+
+
+def validation_auc(
+    config: RunConfig, store: Store, prepared: Prepared, result: LoopResult, reference: Reference
+) -> tuple[list[float], list[str]]:
+    """AUC of the headline detector, one a seed, and the detectors' keys in stage `fit`.
+
+    The detector is fitted with the training normals and the loop's last kept set. Raises StageError if that set holds
+    an image of the reference.
+    """
+    kept = {k.id for k in result.rounds[-1].kept}
+    texts = {d.id: d for r in result.rounds for d in r.descriptions}
+    leaked = sorted(id_ for id_ in kept if reference.withholds(texts[id_]))
+    if leaked:
+        raise StageError(
+            f"the kept set holds {len(leaked)} withheld images ({leaked[0]}, ...); give the loop `withheld`"
+        )
+    detectors = fit_headline(config, store, prepared, result)
+    anomalies = extract_images(store, prepared.backbone, reference.images, prepared.patches)
+    return aucs(detectors, prepared.validation, anomalies), list(detectors)
+
+
+def aucs(detectors: Mapping[str, TunedDetector], normals: Features, anomalies: Features) -> list[float]:
+    """AUC of each detector over normals and anomalies."""
+    truth = np.r_[np.zeros(len(normals), bool), np.ones(len(anomalies), bool)]
+    both = Features.join([normals, anomalies])
+    return [float(roc_auc_score(truth, d.score(both).score)) for d in detectors.values()]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -1,0 +1,249 @@
+"""The report's words: names that people use, numbers as they are written, and the result in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+DETECTORS = {
+    "simplenet": "SimpleNet",
+    "knn": "k-NN",
+    "mahalanobis": "Mahalanobis",
+    "head": "linear head",
+    "fused": "linear head + k-NN",
+}
+ARMS = {
+    "baseline": "normals only",
+    "zeroth": "zero-th iteration",
+    "kka": "KKA",
+    "noise": "noise (control)",
+    "cutpaste": "CutPaste (control)",
+    "drawn_normals": "drawn normals (control)",
+}
+LABELS = {
+    "normal": "validation normals",
+    "normal_like": "normal-like",
+    "hard": "hard",
+    "between": "between",
+    "easy": "easy",
+    "unjudged": "not judged",
+}
+REASONS = {
+    "normal_class": "describes the normal class",
+    "duplicate": "said before",
+    "near_duplicate": "nearly said before",
+    "too_short": "too short",
+    "too_long": "too long or cut off",
+    "malformed": "malformed",
+    "empty": "empty",
+    "error": "sampling failed",
+}
+REJECTED = {"easy": "easy ones", "normal_like": "normal-like ones", "guarded": "those that the guard refused"}
+STAGES = {
+    "prefer": "preference training",
+    "describe_and_render": "describe and draw",
+    "judge": "measure and judge",
+    "describe_work": "describing, all workers",
+    "render_work": "drawing, all workers",
+}
+
+
+_ONE_CLASS = ("knn", "mahalanobis")
+"""Detectors that ignore anomalies."""
+
+
+def plain(name: str, names: Mapping[str, str]) -> str:
+    """A name as people write it; one that is not known keeps its own, underscores aside."""
+    return names.get(name, name.replace("_", " "))
+
+
+def count(value: int) -> str:
+    """A whole number with thousands marked."""
+    return f"{value:,}"
+
+
+def percent(share: float) -> str:
+    """A share in 0..1 as percent, one decimal below 10 %."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0 < abs(value) < 9.95 else f"{value:.0f} %"
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, none where it is 0 as written."""
+    rounded = round(value, digits)
+    sign = "+" if rounded > 0 else "\u2212" if rounded < 0 else ""
+    return f"{sign}{abs(rounded):.{digits}f}"
+
+
+def position(value: float) -> str:
+    """A hardness, one decimal."""
+    return signed(value, 1).removeprefix("+")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def amount(number: int, thing: str) -> str:
+    """A number of things: '1 image', '2 images'."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def has_auc(summary: Mapping[str, Any]) -> bool:
+    """Whether the headline detector was tried on test anomalies at all."""
+    return any(spread is not None for spread in summary["auc"].values())
+
+
+def reading(summary: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
+    """The result in a paragraph of plain language."""
+    parts = _result(summary) if has_auc(summary) else _without_anomalies(summary, calibration)
+    return " ".join([*parts, *_loop(summary)])
+
+
+def _result(summary: Mapping[str, Any]) -> Iterator[str]:
+    detector = plain(summary["detector"], DETECTORS)
+    baseline, zeroth, kka = (summary["auc"][arm] for arm in ("baseline", "zeroth", "kka"))
+    kept = amount(sum(summary["kept"].values()), "kept image")
+    if kka is None:
+        yield f"{detector} trained on normal images alone reaches an AUC of {_auc(baseline)} on the test images."
+        if summary["detector"] in _ONE_CLASS:
+            yield "It ignores anomalies, so the kept images make no difference to it; the table shows the others."
+        else:
+            yield "No drawn image was kept, so there is nothing to compare it with."
+        return
+    if baseline is None:
+        yield f"{detector} needs anomalies to train on; with KKA's {kept} it reaches an AUC of {_auc(kka)}."
+    else:
+        yield f"{detector} trained on normal images alone reaches an AUC of {_auc(baseline)} on the test images."
+        yield f"With KKA's {kept} it reaches {_auc(kka)}: {_change(baseline, kka)}."
+    if zeroth is not None:
+        yield f"The zero-th iteration, drawn before any preference training, gives {_auc(zeroth)}."
+    controls = _controls(summary)
+    if controls:
+        name, best = max(controls.items(), key=lambda item: item[1]["mean"])
+        gap = kka["mean"] - best["mean"]
+        yield (
+            f"The best control made without a language model, {plain(name, ARMS).removesuffix(' (control)')}, gives "
+            f"{_auc(best)}; KKA's distance to it is {signed(gap, 4)}."
+        )
+
+
+def _without_anomalies(summary: Mapping[str, Any], calibration: Mapping[str, Any]) -> Iterator[str]:
+    detector = plain(summary["detector"], DETECTORS)
+    kept = sum(summary["kept"].values())
+    yield "This data set has no test anomalies, so there is no AUC to give."
+    if summary["detector"] in _ONE_CLASS:
+        yield f"{detector} was fitted to normal images alone, as it ignores anomalies."
+    elif kept:
+        yield f"{detector} was trained on the normal images and KKA's {amount(kept, 'kept image')}."
+    else:
+        yield f"{detector} was trained on normal images alone, as no drawn image was kept."
+    yield (
+        f"It calls an image anomalous whose score exceeds {calibration['threshold']:.4g}, a threshold that lets "
+        f"{percent(calibration['false_positive_rate'])} of the validation normals be called so by mistake. The normals "
+        "that it finds most anomalous are shown below: faults among them belong out of the training images."
+    )
+
+
+def _loop(summary: Mapping[str, Any]) -> Iterator[str]:
+    rounds = summary["rounds"]
+    if not rounds:
+        return
+    first, last = rounds[0], rounds[-1]
+    if len(rounds) == 1:
+        yield f"One round was run; {percent(first['hard_rate'])} of its lines became hard images."
+        return
+    yield (
+        f"Of the lines that the language model wrote, {percent(first['hard_rate'])} became hard images in round 0 and "
+        f"{percent(last['hard_rate'])} in round {len(rounds) - 1}, while the diversity of the lines went from "
+        f"{first['diversity']:.2f} to {last['diversity']:.2f}."
+    )
+
+
+def cautions(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before believing the result, each a sentence; often none."""
+    return [*_cautions_of_result(summary), *_cautions_of_rounds(summary), *_cautions_of_judge(summary["audit"])]
+
+
+def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
+    kka, zeroth = summary["auc"]["kka"], summary["auc"]["zeroth"]
+    if kka is None:
+        return
+    if len(kka["per_seed"]) == 1:
+        yield "Only one seed was run, so nothing is known of the spread: small differences may be chance."
+    for name, control in _controls(summary).items():
+        if control["mean"] >= kka["mean"]:
+            yield (
+                f"The control {plain(name, ARMS).removesuffix(' (control)')} does at least as well as KKA: this run "
+                "shows no gain from what the language model knows."
+            )
+    if "drawn_normals" not in _controls(summary):
+        yield (
+            "No control with drawn normals was evaluated: a part of any gain may come from telling drawn images from "
+            "the normals' own, whatever they show."
+        )
+    if zeroth is not None and len(summary["rounds"]) > 1 and zeroth["mean"] >= kka["mean"]:
+        yield "The zero-th iteration does at least as well as the full loop: preference training brought no gain here."
+    if any(count for label, count in summary["kept"].items() if label == "easy"):
+        yield f"{amount(summary['kept']['easy'], 'easy image')} had to fill the kept set: there were too few others."
+
+
+def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
+    rounds = summary["rounds"]
+    for number, row in enumerate(rounds):
+        if row["status"] != "ok":
+            yield f"Round {number} was {row['status']}. DPO was left out before it."
+    if len(rounds) > 1:
+        first, last = rounds[0], rounds[-1]
+        if last["diversity"] < 0.7 * first["diversity"]:
+            yield (
+                f"The descriptions lost diversity ({first['diversity']:.2f} to {last['diversity']:.2f}): the language "
+                "model may be collapsing to a few sentences."
+            )
+        if last["normal_class_rate"] > first["normal_class_rate"] + 0.1:
+            yield (
+                f"More lines describe the normal class itself ({percent(first['normal_class_rate'])} in round 0, "
+                f"{percent(last['normal_class_rate'])} in the last): the guard stops them, but lines are wasted."
+            )
+    failed = sum(row["failed"] for row in rounds)
+    if failed > 0.02 * sum(row["rendered"] + row["failed"] for row in rounds):
+        yield f"{amount(failed, 'image')} could not be drawn."
+
+
+def _cautions_of_judge(audit: Mapping[str, Any]) -> Iterator[str]:
+    if audit.get("collapsed_folds"):
+        yield (
+            f"{amount(int(audit['collapsed_folds']), 'fold')} of the auditor collapsed to one point; its images count "
+            "as between."
+        )
+    if audit.get("band_empty"):
+        yield (
+            f"The hard band is empty: its lower edge ({audit['band_lower']:.2f}, set by the validation normals) is not "
+            f"below its upper edge ({audit['band_upper']:.2f}). Raise confusion.upper, or use a better backbone."
+        )
+
+
+def _controls(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    row = summary["detectors"].get(summary["detector"], {})
+    return {arm: spread for arm, spread in row.items() if arm not in ("baseline", "zeroth", "kka")}
+
+
+def _auc(spread: Mapping[str, Any]) -> str:
+    if len(spread["per_seed"]) == 1:
+        return f"{spread['mean']:.4f}"
+    return f"{spread['mean']:.4f}\u00a0±\u00a0{spread['std']:.4f}"  # not to be broken over two lines
+
+
+def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    gain = after["mean"] - before["mean"]
+    pairs = list(zip(before["per_seed"], after["per_seed"], strict=True))
+    better = sum(b < a for b, a in pairs)
+    if len(pairs) == 1:
+        return f"a change of {signed(gain, 4)}, with one seed"
+    seeds = f"all {len(pairs)}" if better == len(pairs) else f"{better} of {len(pairs)}"
+    return f"a change of {signed(gain, 4)}, better in {seeds} seeds"

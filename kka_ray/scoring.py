@@ -1,0 +1,274 @@
+"""Scores for a folder of images: a table, heat maps laid over the images, and a contact sheet."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kka_ray.data.decode import MAX_PIXELS, decode, encode_png
+from kka_ray.data.folder import SUFFIXES
+from kka_ray.detectors.tuned import Scores, TunedDetector
+from kka_ray.errors import AssetError, DataError, ResourceError
+
+BATCH_IMAGES = 32
+BATCH_PIXELS = 32_000_000
+"""A batch ends at this many images or pixels: 100 MB of decoded images, unless a single one is larger."""
+
+COLUMNS = ("file", "status", "score", "robust_z", "percentile", "verdict", "error")
+
+_MAX_BYTES = 8 * MAX_PIXELS + 1_000_000  # 16-bit RGBA without compression, and a header
+_HOT = 6.0
+"""Heat from which an overlay is at full strength, unless the image holds more; 0 and less is left clear."""
+_OVERLAY_SIDE = 1024
+_SHEET_IMAGES = 100
+_THUMBNAIL = 128
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """How many images were scored, how many of those are anomalous, and how many files could not be read."""
+
+    scored: int
+    anomalous: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    file: str
+    error: str = ""
+    score: float = 0.0
+    robust_z: float = 0.0
+    percentile: float = 0.0
+    anomalous: bool = False
+
+    def cells(self) -> tuple[str, ...]:
+        if self.error:
+            return (self.file, "failed", "", "", "", "", self.error)
+        # Nine digits give a float32 back exactly.
+        numbers = (f"{self.score:.9g}", f"{self.robust_z:.9g}", f"{self.percentile:.9g}")
+        return (self.file, "ok", *numbers, verdict(self.anomalous), "")
+
+
+def verdict(anomalous: bool) -> str:
+    """`anomalous` or `normal`."""
+    return "anomalous" if anomalous else "normal"
+
+
+def detector_folder(model: Path) -> Path:
+    """The detector folder of a run's folder, or `model` itself if it is one. Raises AssetError if there is none."""
+    for folder in (model / "detector", model):
+        if (folder / "detector.json").is_file():
+            return folder
+    if (model / "config.yaml").is_file():
+        raise AssetError(f"the run {model} has no detector yet; finish it with `kka resume {model}`")
+    what = "holds no detector" if model.is_dir() else "is no folder"
+    raise AssetError(f"{model} {what}; name the folder of a finished run, or its detector/ folder")
+
+
+def load_detector(model: Path, device: str = "cpu") -> TunedDetector:
+    """The detector of a run's folder, or in a detector folder. Raises AssetError if there is none."""
+    return TunedDetector.load(detector_folder(model), device=device)
+
+
+def judge(tuned: TunedDetector, images: Sequence[np.ndarray], heat: bool) -> tuple[Scores, np.ndarray | None]:
+    """Scores of uint8 images (H, W, 3), and if asked for their heat (N, h, w) on the patch grid.
+
+    The heat is None as well if the detector does not localise. Features are extracted once for both.
+    """
+    features = tuned.backbone.extract(images, tuned.detector.needs_patches)
+    return tuned.score(features), tuned.detector.heatmap(features) if heat else None
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Heat (h, w) laid over an image, uint8 (H, W, 3), in yellow to red; at most 1024 px a side.
+
+    Clear where the heat is 0, that is as in a typical normal image, or less.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, _OVERLAY_SIDE / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    if size != (height, width):
+        image = np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    grid = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
+    full = F.interpolate(grid, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    level = np.clip(full / max(_HOT, float(full.max())), 0, 1)[..., None]
+    colour = np.concatenate([np.full_like(level, 255), 255 * (1 - level), np.zeros_like(level)], axis=2)
+    opacity = 0.75 * np.sqrt(level)
+    return np.rint((1 - opacity) * image + opacity * colour).astype(np.uint8)
+
+
+def score_folder(images: Path, model: Path, output: Path, *, heatmaps: bool, console: Console) -> ScoreResult:
+    """Scores an image, or every image below a folder, with a run's detector.
+
+    Into `output` go `scores.csv` (a row a file, in the order of the paths), `contact_sheet.png` (the 100 most anomalous
+    images, the most anomalous first) and, if asked for and the detector localises, `heatmaps/FILE.png`. All of it is
+    written elsewhere first and put in place at the end; what an earlier scoring left in `output` is replaced.
+
+    A file that cannot be read is a row with the error. Raises AssetError without a detector, DataError without images
+    or if `output` holds heat maps of something else, ResourceError if it cannot be written.
+    """
+    tuned = load_detector(model)
+    files = _find(images, output)
+    if not files:
+        raise DataError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))}); name an image or a folder with some")
+    if (output / "heatmaps").exists() and not (output / "scores.csv").is_file():
+        raise DataError(f"{output / 'heatmaps'} was not made by a scoring; choose another --output, or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+            work = Path(temporary)
+            result = _score(files, tuned, work, heatmaps, console)
+            _put_in_place(work, output)
+    except OSError as error:
+        raise ResourceError(f"cannot write the scores into {output}: {error}") from error
+    return result
+
+
+def _score(
+    files: Sequence[tuple[str, Path]], tuned: TunedDetector, work: Path, heatmaps: bool, console: Console
+) -> ScoreResult:
+    rows: dict[str, _Row] = {}
+    sheet: list[tuple[_Row, Image.Image]] = []
+    bars = Progress(
+        TextColumn("scoring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    localises = True
+    with bars:
+        task = bars.add_task("scoring", total=len(files))
+        for names, batch in _batches(files, rows):
+            scores, heat = judge(tuned, batch, heatmaps)
+            localises = not heatmaps or heat is not None
+            for i, name in enumerate(names):
+                row = _Row(
+                    name,
+                    score=float(scores.score[i]),
+                    robust_z=float(scores.robust_z[i]),
+                    percentile=float(scores.percentile[i]),
+                    anomalous=bool(scores.anomalous[i]),
+                )
+                rows[name] = row
+                sheet.append((row, _thumbnail(batch[i])))
+                if heat is not None:
+                    target = work / "heatmaps" / f"{name}.png"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(encode_png(overlay(batch[i], heat[i])))
+            sheet = sorted(sheet, key=lambda entry: (-entry[0].score, entry[0].file))[:_SHEET_IMAGES]
+            bars.update(task, completed=len(rows))
+        bars.update(task, completed=len(rows))
+    if not localises:
+        console.print(f"the detector {tuned.config.kind} does not localise: no heat maps", highlight=False)
+    if sheet:
+        _contact_sheet(sheet).save(work / "contact_sheet.png")
+    _write_csv(work / "scores.csv", [rows[name] for name, _ in files])
+    failed = sum(bool(row.error) for row in rows.values())
+    return ScoreResult(len(rows) - failed, sum(row.anomalous for row in rows.values()), failed)
+
+
+def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
+    """(name, path) of the images, sorted by name; hidden files and those in `output` are left out."""
+    if images.is_file():
+        return [(images.name, images)]
+    if not images.is_dir():
+        raise DataError(f"there is no image or folder {images}")
+    own = output.resolve()
+    found = []
+    for path in images.rglob("*"):
+        name = path.relative_to(images)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file() and own not in path.resolve().parents:
+            found.append((name.as_posix(), path))
+    return sorted(found)
+
+
+def _batches(files: Sequence[tuple[str, Path]], rows: dict[str, _Row]) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Names and images of those files that can be read; the others are put into `rows`."""
+    names: list[str] = []
+    images: list[np.ndarray] = []
+    pixels = 0
+    for name, path in files:
+        try:
+            image = _read(name, path)
+        except (DataError, OSError) as error:
+            # One bad file must not end the scoring of thousands; its row says what is wrong with it.
+            rows[name] = _Row(name, error=" ".join(str(error).split()))
+            continue
+        names.append(name)
+        images.append(image)
+        pixels += image.shape[0] * image.shape[1]
+        if len(images) == BATCH_IMAGES or pixels >= BATCH_PIXELS:
+            yield names, images
+            names, images, pixels = [], [], 0
+    if images:
+        yield names, images
+
+
+def _read(name: str, path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise DataError(f"{name}: the file has {size} bytes, more than {MAX_PIXELS} pixels can take; scale it down")
+    return decode(path.read_bytes(), name)
+
+
+def _write_csv(path: Path, rows: Sequence[_Row]) -> None:
+    # File names need not be valid UTF-8; they are written as the bytes that they are.
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(row.cells() for row in rows)
+
+
+def _put_in_place(work: Path, output: Path) -> None:
+    """Moves what was made into `output`; the table goes first and comes last, never to lie beside others' maps."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "scores.csv").unlink(missing_ok=True)
+    if (output / "heatmaps").exists():
+        shutil.rmtree(output / "heatmaps")
+    (output / "contact_sheet.png").unlink(missing_ok=True)
+    for name in ("heatmaps", "contact_sheet.png", "scores.csv"):
+        if (work / name).exists():
+            (work / name).rename(output / name)
+
+
+def _thumbnail(image: np.ndarray) -> Image.Image:
+    """The image inside a square, enlarged by whole pixels if it is small."""
+    picture = Image.fromarray(image)
+    scale = _THUMBNAIL / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    inside = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR)
+    square = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
+    square.paste(inside, ((_THUMBNAIL - size[0]) // 2, (_THUMBNAIL - size[1]) // 2))
+    return square
+
+
+def _contact_sheet(entries: Sequence[tuple[_Row, Image.Image]]) -> Image.Image:
+    columns = min(10, len(entries))
+    width, height = _THUMBNAIL + 12, _THUMBNAIL + 46
+    sheet = Image.new("RGB", (columns * width + 12, -(-len(entries) // columns) * height + 12), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for i, (row, picture) in enumerate(entries):
+        x, y = 12 + i % columns * width, 12 + i // columns * height
+        colour = "#b00020" if row.anomalous else "#1b5e20"
+        sheet.paste(picture, (x, y))
+        draw.text((x, y + _THUMBNAIL + 2), f"{row.score:.4g}  {verdict(row.anomalous)}", fill=colour, font=font)
+        # Letters beyond the built-in font would be drawn as boxes.
+        name = row.file[-20:].encode("ascii", "replace").decode()
+        draw.text((x, y + _THUMBNAIL + 17), name, fill="#555555", font=font)
+    return sheet

@@ -1,0 +1,126 @@
+"""The service: scores over HTTP, on Ray Serve."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before anything here imports Ray
+from kka_ray.config.models import ClusterConfig
+from kka_ray.config.serve import ServeConfig
+from kka_ray.errors import ResourceError
+from kka_ray.serving.access import VARIABLE, make_digest
+
+APPLICATION = "kka"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service: its address, and the file with its token unless that came from the environment."""
+
+    url: str
+    token_file: Path | None
+
+
+def start(run: Path, config: ServeConfig, blocking: bool, say: Callable[[str], None] = print) -> Service:
+    """Serves the detector of a run's folder, or of a detector folder.
+
+    `blocking` starts a local Ray cluster (or joins the one of `RAY_ADDRESS`) and serves until interrupted; it must be
+    called from the main thread. Otherwise this process must be connected to Ray, and the call returns as soon as the
+    service answers; `ray.serve.shutdown()` ends it. `say` hears the address and where the token is, never the token.
+
+    Raises AssetError if there is no detector, ResourceError if the port or the cluster's CPUs or GPUs cannot be had, or
+    if Serve runs on the cluster already: its address would not be the one asked for, and ending it would end others.
+    """
+    import ray
+
+    from kka_ray.cluster.session import session
+    from kka_ray.scoring import detector_folder
+
+    detector_folder(run)
+    _check_port(config)
+    if not blocking:
+        if not ray.is_initialized():
+            raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")
+        _check_serve_is_ours()
+        return _deploy(run, config, say)
+    with session(ClusterConfig()):
+        from ray import serve
+
+        _check_serve_is_ours()
+        try:
+            service = _deploy(run, config, say)
+            _wait_for_the_end()
+            say("stopping")
+        finally:
+            serve.shutdown()
+    return service
+
+
+def _wait_for_the_end() -> None:
+    """Returns at Ctrl-C, or at the SIGTERM of whatever supervises this process."""
+    end = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: end.set()) for number in numbers]
+    end.wait()
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def _deploy(run: Path, config: ServeConfig, say: Callable[[str], None]) -> Service:
+    from ray import serve
+
+    from kka_ray.serving.deployment import build_application
+
+    _check_room(config)
+    token_digest, token_file = make_digest(run)
+    application = build_application(run, config, token_digest)
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": config.port, "request_timeout_s": 2 * config.timeout},
+        )
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except (RuntimeError, TimeoutError) as error:
+        raise ResourceError(f"the service did not start: {error}") from error
+    service = Service(f"http://{config.host}:{config.port}", token_file)
+    say(f"serving {run} at {service.url}; {f'token in {token_file}' if token_file else f'token from {VARIABLE}'}")
+    return service
+
+
+def _check_port(config: ServeConfig) -> None:
+    """Serve would retry for minutes where the port is taken."""
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen on {config.host} port {config.port}: {error}; choose another --port"
+        ) from error
+
+
+def _check_serve_is_ours() -> None:
+    from ray import serve
+
+    if serve.status().proxies:
+        raise ResourceError("Ray Serve runs on this cluster already; use `serve deploy serve/config.yaml` there")
+
+
+def _check_room(config: ServeConfig) -> None:
+    """Serve would wait for ever where the cluster is too small."""
+    import ray
+
+    there = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus), ("GPU", config.gpus)):
+        needed = each * config.replicas
+        if needed > there.get(name, 0):
+            raise ResourceError(
+                f"{config.replicas} replicas need {needed:g} {name}s, the cluster has {there.get(name, 0):g}; "
+                "ask for fewer replicas, or for less a replica"
+            )

@@ -1,0 +1,266 @@
+"""Runs and sweeps as Ray jobs: checked here, uploaded, followed to their end.
+
+A Ray cluster runs whatever it is sent, so one that answers without a token is refused unless the user allows it. The
+token is read from where Ray reads it and sent in a header; it is neither printed nor put into the job's environment,
+which anyone with access to the dashboard can read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from aiohttp import ClientError
+from rich.console import Console
+
+from kka_ray.config import RunConfig, load
+from kka_ray.config.sweep import load_sweep
+from kka_ray.errors import ConfigError, ResourceError
+
+EXCLUDES = ("/data/", "/runs/", "/.venv/", "/.venv-*/", "/.git/", "/build/", "/dist/", "__pycache__/", ".*_cache/")
+"""What of the repository is not uploaded, as in .gitignore. `/data/` has its slash: `kka_ray/data` is source."""
+
+VERBS = ("run", "sweep")
+_PASSED_ON = ("KKA_CACHE",)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_INTERRUPTED = 130
+_RECONNECTS = 5
+_POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What to submit: `run` or `sweep`, its configuration below `working_dir`, overrides, and NAME=VALUE variables."""
+
+    verb: str
+    config: Path
+    overrides: tuple[str, ...] = ()
+    working_dir: Path = Path()
+    env: tuple[str, ...] = ()
+
+
+def submit_and_follow(
+    wanted: Submission, address: str, console: Console, *, allow_unauthenticated: bool = False, client: Any = None
+) -> int:
+    """Submits a job, prints its log and returns its exit status; 130 if following was interrupted.
+
+    `client` stands in for Ray's `JobSubmissionClient`. Raises ConfigError or ResourceError before anything is
+    submitted; a job that fails is a status and not an error.
+    """
+    entrypoint = entry(wanted)
+    headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
+    environment = runtime_env(wanted, os.environ, token=bool(headers))
+    if client is None:
+        client = _client(address, headers)
+    job = client.submit_job(
+        entrypoint=entrypoint,
+        submission_id=f"kka-{wanted.verb}-{uuid.uuid4().hex[:12]}",
+        runtime_env=environment,
+        metadata={"kka": f"{wanted.verb} {wanted.config.name}"},
+    )
+    console.print(f"submitted {job} to {address}", highlight=False, soft_wrap=True)
+    try:
+        _follow(client, job, console)
+        return _ended(client, job, console)
+    except KeyboardInterrupt:
+        ray = "RAY_AUTH_MODE=token ray" if headers else "ray"
+        console.print(
+            f"\nno longer following; the job goes on.\n"
+            f"follow it: {ray} job logs {job} --follow --address {address}\n"
+            f"stop it:   {ray} job stop {job} --address {address}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return _INTERRUPTED
+
+
+def entry(wanted: Submission) -> str:
+    """The job's command line. Raises ConfigError for what would fail on the cluster only after it was uploaded."""
+    if wanted.verb not in VERBS:
+        raise ConfigError(f"cannot submit {wanted.verb!r}; it is one of {', '.join(VERBS)}")
+    folder = wanted.working_dir.resolve()
+    if not (folder / "jobs" / "entry.py").is_file():
+        raise ConfigError(f"{folder} has no jobs/entry.py; name the repository with --working-dir")
+    file = wanted.config.resolve()
+    if not file.is_relative_to(folder):
+        raise ConfigError(f"{file} is not below {folder}, which is what the cluster gets; move it there")
+    relative = file.relative_to(folder).as_posix()
+    if _excluded(relative):
+        raise ConfigError(f"{relative} lies in a folder that is not uploaded ({', '.join(EXCLUDES)}); move it")
+    if wanted.verb == "run":
+        config, prefix = load(file, RunConfig, wanted.overrides), ""
+    else:
+        config, prefix = load_sweep(file, wanted.overrides).base, "run."
+    for name, value in (("output", config.output), ("store.uri", config.store.uri)):
+        if "://" not in value and not Path(value).is_absolute():
+            raise ConfigError(
+                f"{name} is {value!r}, which a job would write into its upload, a temporary folder of the cluster. "
+                f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka"
+            )
+    options = [part for override in wanted.overrides for part in ("-o", override)]
+    return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
+
+
+def runtime_env(wanted: Submission, environ: Mapping[str, str], *, token: bool) -> dict[str, Any]:
+    """The job's files and variables. Raises ConfigError for a variable that looks like a secret.
+
+    `token` says that the cluster authenticates; the job's own processes then do as well, with the cluster's token.
+    """
+    variables = {name: environ[name] for name in _PASSED_ON if name in environ}
+    variables["RAY_AUTH_MODE"] = "token" if token else "disabled"
+    for pair in wanted.env:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--env {name!r} must look like NAME=VALUE")
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"--env {name} looks like a secret, and a job's environment can be read on the dashboard. Give it to "
+                "the cluster's nodes instead, as a Kubernetes secret (jobs/README.md)"
+            )
+        variables[name] = value
+    return {"working_dir": str(wanted.working_dir.resolve()), "excludes": list(EXCLUDES), "env_vars": variables}
+
+
+def authenticate(address: str, console: Console, *, allow_unauthenticated: bool) -> dict[str, str]:
+    """The headers to talk to the cluster with; none for a cluster without authentication, if that is allowed.
+
+    The cluster is asked for its version without a token. Raises ResourceError if it answers and that is not allowed,
+    if it cannot be reached, or if it wants a token that is not there or not the right one.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"the address {address!r} must look like http://HOST:8265")
+    anonymous = _version_status(address, {})
+    if anonymous == requests.codes.ok:
+        if allow_unauthenticated:
+            _warn(console, f"{address} asks for no token: whoever reaches it can run anything there")
+            return {}
+        raise ResourceError(
+            f"{address} answers without a token, so whoever reaches it can run anything there. Start the cluster with "
+            "RAY_AUTH_MODE=token (jobs/README.md), or submit with --allow-unauthenticated"
+        )
+    if anonymous not in (requests.codes.unauthorized, requests.codes.forbidden):
+        raise ResourceError(f"{address} is no Ray dashboard: it answers /api/version with status {anonymous}")
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        _warn(console, f"the token goes to {parts.hostname} unencrypted; use https or a tunnel")
+    headers = {"Authorization": f"Bearer {read_token(os.environ)}"}
+    if _version_status(address, headers) != requests.codes.ok:
+        raise ResourceError(f"{address} does not accept the token that was found ({_token_source(os.environ)})")
+    return headers
+
+
+def read_token(environ: Mapping[str, str]) -> str:
+    """The token from where Ray takes it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, then ~/.ray/auth_token.
+
+    Raises ResourceError if there is none.
+    """
+    if environ.get("RAY_AUTH_TOKEN"):
+        return environ["RAY_AUTH_TOKEN"].strip()
+    path = _token_path(environ)
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise ResourceError(
+            f"the cluster wants a token and {path} cannot be read ({error.strerror}). Put the cluster's token there, "
+            "or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
+    if not token:
+        raise ResourceError(f"the cluster wants a token and {path} is empty; put the cluster's token there")
+    return token
+
+
+def _token_path(environ: Mapping[str, str]) -> Path:
+    named = environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(named) if named else Path.home() / ".ray" / "auth_token"
+
+
+def _token_source(environ: Mapping[str, str]) -> str:
+    return "in RAY_AUTH_TOKEN" if environ.get("RAY_AUTH_TOKEN") else f"in {_token_path(environ)}"
+
+
+def _version_status(address: str, headers: Mapping[str, str]) -> int:
+    try:
+        # A redirect would carry the question, and with it the token, elsewhere.
+        url = f"{address.rstrip('/')}/api/version"
+        return requests.get(url, headers=dict(headers), timeout=20, allow_redirects=False).status_code
+    except requests.RequestException as error:
+        raise ResourceError(
+            f"cannot reach a Ray dashboard at {address}: {type(error).__name__}. Is the cluster up (`ray start "
+            "--head`), and its port forwarded (`kubectl port-forward svc/NAME-head-svc 8265`)?"
+        ) from error
+
+
+def _client(address: str, headers: Mapping[str, str]) -> Any:
+    # Imported late: it brings Ray along.
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address, headers=dict(headers))
+
+
+def _follow(client: Any, job: str, console: Console) -> None:
+    """Prints the job's log until it ends. A lost connection is taken up again where it broke off."""
+    log, failures = _Log(console), 0
+    while True:
+        try:
+            asyncio.run(_tail(client, job, log))
+        except (OSError, RuntimeError, ClientError) as error:
+            failures += 1
+            if failures > _RECONNECTS:
+                raise ResourceError(f"lost the connection to the job {job} {failures} times: {error}") from error
+            time.sleep(_POLL)
+            continue
+        if client.get_job_info(job).status.is_terminal():
+            return
+        time.sleep(_POLL)
+
+
+@dataclass
+class _Log:
+    """What was printed of a log that every connection sends from its beginning."""
+
+    console: Console
+    printed: int = 0
+
+
+async def _tail(client: Any, job: str, log: _Log) -> None:
+    """Prints what is new of the job's log until the connection ends."""
+    seen = 0
+    async for text in client.tail_job_logs(job):
+        new = text[max(log.printed - seen, 0) :]
+        seen += len(text)
+        if new:
+            log.console.print(new, end="", markup=False, highlight=False, soft_wrap=True)
+            log.printed = seen
+
+
+def _ended(client: Any, job: str, console: Console) -> int:
+    details = client.get_job_info(job)
+    status = str(details.status)
+    if status == "SUCCEEDED":
+        console.print(f"{job} succeeded", highlight=False)
+        return 0
+    # The message goes on to quote the end of the log, which was printed above.
+    first = (details.message or "no reason was given").strip().splitlines()[0]
+    reason = first.split(", last available logs")[0]
+    console.print(f"[bold red]{job} {status.lower()}:[/] {reason}", highlight=False, soft_wrap=True)
+    return int(getattr(details, "driver_exit_code", None) or 1)
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def _excluded(relative: str) -> bool:
+    folders = {name.strip("/") for name in EXCLUDES if name.startswith("/") and "*" not in name}
+    return relative.split("/")[0] in folders

@@ -1,0 +1,387 @@
+"""Ray Tune on top of the loop: trials that share every stage they have in common, and one test of the best.
+
+A trial is a function trainable that runs the loop and measures `kka_ray.objective`; it opens no test file. Its
+placement group holds its own process and its pools, so that all of them end with it, whatever ends it; Ray Train makes
+a placement group of its own within a trial. The same command again finds in the store what was finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before Ray is imported
+
+# isort: split
+import torch
+from ray import tune
+from rich.console import Console
+from rich.table import Table
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from kka_ray import tracking
+from kka_ray.cluster import leases
+from kka_ray.cluster.plan import Plan, Share, make_plan
+from kka_ray.cluster.session import nodes, session
+from kka_ray.config import dump
+from kka_ray.config.models import RunConfig
+from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
+from kka_ray.errors import ConfigError, KkaError, StageError
+from kka_ray.experiment import absolute
+from kka_ray.experiment import run as run_experiment
+from kka_ray.loop import Loop, LoopResult, Progress
+from kka_ray.objective import Reference, make_reference, validation_auc
+from kka_ray.prepare import prepare
+from kka_ray.store import Store
+
+TRIAL_CPUS = 0.25
+"""Logical CPUs of a trial's own process; what it waits for most of the time computes elsewhere."""
+_RETRIES = 1  # of a trial whose process died; an error of ours is not tried again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial. `objective` is the mean over seeds, None where the trial failed and `error` says why."""
+
+    number: int
+    parameters: dict[str, Any]
+    objective: float | None = None
+    per_seed: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    made: dict[str, int] = field(default_factory=dict)
+    """Outputs by stage that were not in the store when the trial began."""
+    found: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
+    rounds: list[str] = field(default_factory=list)
+    """Each round's status."""
+    outputs: list[list[str]] = field(default_factory=list)
+    mlflow: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep. `champion` is the summary of the best configuration's own run, where that was asked for."""
+
+    folder: Path
+    outcomes: list[Outcome]
+    best: Outcome
+    reference: tuple[str, ...]
+    champion: dict[str, Any] | None
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every trial is told."""
+
+    trials: tuple[Trial, ...]
+    reference: Reference
+    tracking_uri: str
+    experiment: str
+    parent: str
+    threads: int
+
+
+def run(
+    sweep: Sweep, progress: Progress, say: Callable[[str], None], note: Callable[[str], None], *, verbose: bool = False
+) -> SweepResult:
+    """Runs a sweep to its end; `say` hears warnings, `note` a line a finished trial.
+
+    A failed trial is a row with its error; the others go on. Raises StageError if every trial failed, and KkaError for
+    what a user can mend.
+    """
+    started = time.perf_counter()
+    base = absolute(sweep.base)
+    folder = Path(base.output) / sweep.config.name
+    _claim(folder, sweep.config)
+    store = Store(base.store.uri)
+    uri = base.tracking.uri or tracking.default_uri(Path(base.output))
+    with session(base.cluster, verbose=verbose):
+        sweep_plan(base, sweep.config.concurrency).check(nodes())
+        # Held until the end of the block: the ledger lives as long as its handle.
+        ledger = leases.start() if sweep.config.concurrency > 1 else None
+        reference = make_reference(base, store, prepare(base, store), progress)
+        note(f"reference: {len(reference.ids)} drawn anomalies, the same for all {len(sweep.trials)} trials")
+        params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
+        parent = tracking.start_run(
+            uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output)
+        )
+        job = _Job(sweep.trials, reference, uri, base.tracking.experiment, parent, torch.get_num_threads())
+        try:
+            outcomes = run_trials(run_trial, job, sweep, note)
+            result = SweepResult(folder, outcomes, best_of(outcomes), reference.ids, None, _since(started))
+            chosen = champion_config(sweep, sweep.trials[result.best.number])
+            _write(result, sweep, chosen)
+            if sweep.config.champion_evaluation:
+                champion = run_experiment(chosen, progress, say, verbose=verbose, parent=parent).summary
+                result = replace(result, champion=champion, wall_seconds=_since(started))
+                _write(result, sweep, chosen)
+        except BaseException:
+            tracking.end_run(uri, parent, {}, failed=True)
+            raise
+        del ledger
+    metrics = {sweep.config.objective: result.best.objective or 0.0, "seconds": result.wall_seconds}
+    tracking.end_run(uri, parent, metrics, artifacts=[folder / "sweep.json", folder / "best.yaml"])
+    return result
+
+
+def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
+    """The shares of all trials that run at the same time."""
+    shares = [Share("trials", 1, TRIAL_CPUS, 0, 1), *make_plan(config).shares]
+    return Plan(tuple(Share(s.name, s.processes * concurrency, s.cpus, s.gpus, s.threads) for s in shares))
+
+
+def run_trials(
+    function: Callable[[dict[str, Any], Any], None], job: Any, sweep: Sweep, note: Callable[[str], None]
+) -> list[Outcome]:
+    """Runs `function({"trial": number}, job)` for each trial on Ray Tune; outcomes in the order of trials.
+
+    The function reports `{"outcome": {...}}` once, the fields of an `Outcome`. One that raises or whose process dies is
+    tried again once, and is then an outcome with an error.
+    """
+    # Tune's own progress table, loggers and handling of Ctrl-C give way to ours.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    with tempfile.TemporaryDirectory(prefix="kka-tune-") as storage:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(function, job=job), _resources(sweep.base)),
+            param_space={"trial": tune.grid_search([t.number for t in sweep.trials])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=sweep.config.concurrency),
+            run_config=tune.RunConfig(
+                # A name that was used before would load the old state.
+                name=f"{sweep.config.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=storage,
+                failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                callbacks=[_Notes(sweep.trials, note)],
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+        outcomes = {}
+        for result in results:
+            trial = sweep.trials[result.config["trial"]]
+            if result.error is None and result.metrics and "outcome" in result.metrics:
+                outcomes[trial.number] = Outcome(**result.metrics["outcome"])
+            else:
+                reason = _reason(result.error)
+                outcomes[trial.number] = Outcome(trial.number, dict(trial.overrides), error=reason)
+    return [outcomes[t.number] for t in sweep.trials]
+
+
+def run_trial(settings: dict[str, Any], job: _Job) -> None:
+    """One trial, in a process of its own."""
+    trial = job.trials[settings["trial"]]
+    config = absolute(trial.config)
+    output = Path(config.output)
+    mlflow_run = tracking.start_run(
+        job.tracking_uri, job.experiment, config.name, trial.overrides, output=output, parent=job.parent
+    )
+    # The champion's own run judges in the driver: with as many threads here, its stages are the same to the last bit.
+    torch.set_num_threads(job.threads)
+    try:
+        with threadpool_limits(job.threads):
+            outcome = measure(trial, config, job.reference, mlflow_run)
+    except BaseException:
+        tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)
+        raise
+    metrics = {"seconds": outcome.seconds, "kept": float(outcome.kept)}
+    if outcome.objective is not None:
+        metrics["validation_auc"] = outcome.objective
+    tracking.end_run(job.tracking_uri, mlflow_run, metrics, failed=outcome.error is not None)
+    tune.report({"outcome": asdict(outcome)})
+
+
+def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: str | None) -> Outcome:
+    """Runs a trial's loop and measures its objective; an error that a user can mend becomes a failed outcome."""
+    started = time.perf_counter()
+    store = leases.open_store(config.store.uri)
+    before = set(store.names())
+    result: LoopResult | None = None
+    aucs: list[float] = []
+    fits: list[str] = []
+    error: str | None = None
+    try:
+        prepared = prepare(config, store)
+        loop = Loop(config, store, prepared, _quiet, withheld=reference.withholds)
+        try:
+            result = loop.run()
+        finally:
+            loop.close()
+        aucs, fits = validation_auc(config, store, prepared, result, reference)
+    except KkaError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    outputs = _outputs(result, fits)
+    made, found = count_outputs(outputs, before)
+    return Outcome(
+        trial.number,
+        dict(trial.overrides),
+        fmean(aucs) if aucs else None,
+        aucs,
+        round(time.perf_counter() - started, 1),
+        made,
+        found,
+        len(result.rounds[-1].kept) if result else 0,
+        [r.status for r in result.rounds] if result else [],
+        [list(o) for o in outputs],
+        mlflow_run,
+        error,
+    )
+
+
+def count_outputs(
+    outputs: Iterable[tuple[str, str]], before: set[tuple[str, str]]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Of (stage, key) pairs, how many by stage were not there before, and how many were."""
+    made = Counter(stage for stage, key in outputs if (stage, key) not in before)
+    found = Counter(stage for stage, key in outputs if (stage, key) in before)
+    return dict(sorted(made.items())), dict(sorted(found.items()))
+
+
+def best_of(outcomes: Iterable[Outcome]) -> Outcome:
+    """The largest objective; of equals the first. Raises StageError if every trial failed."""
+    rows = list(outcomes)
+    done = [(o.objective, o) for o in rows if o.objective is not None]
+    if not done:
+        raise StageError(f"all {len(rows)} trials failed; the first: {rows[0].error}")
+    return max(done, key=lambda pair: pair[0])[1]
+
+
+def to_json(result: SweepResult, sweep: Sweep) -> dict[str, Any]:
+    """What `sweep.json` holds."""
+    champion = result.champion
+    trials = [{k: v for k, v in asdict(o).items() if k != "outputs"} for o in result.outcomes]
+    return {
+        "name": sweep.config.name,
+        "objective": sweep.config.objective,
+        "reference": list(result.reference),
+        "trials": trials,
+        "best": result.best.number,
+        "champion": {k: champion[k] for k in ("name", "config_hash", "detector", "auc")} if champion else None,
+        "wall_seconds": result.wall_seconds,
+    }
+
+
+def table(result: SweepResult, sweep: Sweep) -> Table:
+    """The trials, the best marked."""
+    out = Table(title=f"{sweep.config.name}: {sweep.config.objective} of {len(result.outcomes)} trials")
+    out.add_column("trial", justify="right")
+    for name in sweep.config.parameters:
+        out.add_column(name, justify="right")
+    for name in ("objective", "seconds", "made", "found", "kept"):
+        out.add_column(name, justify="right")
+    out.add_column("status")
+    for o in result.outcomes:
+        mark = " *" if o.number == result.best.number else ""
+        values = [_short(o.parameters[name]) for name in sweep.config.parameters]
+        score = "" if o.objective is None else f"{o.objective:.4f}{mark}"
+        stalled = sum(s != "ok" for s in o.rounds)
+        status = "failed" if o.error else f"{stalled} stalled" if stalled else "ok"
+        out.add_row(
+            str(o.number), *values, score, f"{o.seconds:.0f}", str(sum(o.made.values())), str(sum(o.found.values())),
+            str(o.kept), status,
+        )
+    out.caption = "* the best; made and found count the outputs of stages"
+    return out
+
+
+def show(result: SweepResult, sweep: Sweep, console: Console) -> None:
+    """The trials, why some failed, the best configuration and what it is worth on the test images."""
+    console.print(table(result, sweep))
+    for o in result.outcomes:
+        if o.error:
+            console.print(f"trial {o.number} failed: {o.error}", highlight=False, markup=False, soft_wrap=True)
+    values = ", ".join(f"{k}={_short(v)}" for k, v in result.best.parameters.items())
+    console.print(f"best: {values}", highlight=False, soft_wrap=True)
+    if result.champion and result.champion["auc"]["kka"]:
+        auc = {arm: f"{s['mean']:.4f}" for arm, s in result.champion["auc"].items() if s}
+        arms = ", ".join(f"{arm} {value}" for arm, value in auc.items())
+        console.print(f"its test AUC ({result.champion['detector']}): {arms}", highlight=False)
+    console.print(f"results: {result.folder / 'sweep.json'}", highlight=False, soft_wrap=True)
+
+
+class _Notes(tune.Callback):
+    """Says a line as each trial ends."""
+
+    def __init__(self, trials: tuple[Trial, ...], note: Callable[[str], None]) -> None:
+        self._trials, self._note = trials, note
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "outcome" not in result:
+            return
+        outcome = Outcome(**result["outcome"])
+        score = f"failed: {outcome.error}" if outcome.objective is None else f"{outcome.objective:.4f}"
+        self._note(f"{self._head(trial)}: {score} in {outcome.seconds:.0f} s")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note(f"{self._head(trial)}: its process failed")
+
+    def _head(self, trial: Any) -> str:
+        ours = self._trials[trial.config["trial"]]
+        values = ", ".join(f"{k}={_short(v)}" for k, v in ours.overrides.items())
+        return f"trial {ours.number + 1}/{len(self._trials)} ({values})"
+
+
+def _resources(config: RunConfig) -> tune.PlacementGroupFactory:
+    bundles: list[dict[str, float]] = [{"CPU": TRIAL_CPUS}]
+    for pool in (config.cluster.samplers, config.cluster.renderers):
+        share = {"CPU": pool.cpus, "GPU": pool.gpus}
+        bundle = {name: amount for name, amount in share.items() if amount}
+        if bundle:
+            bundles += [bundle] * pool.workers
+    return tune.PlacementGroupFactory(bundles)
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return "the trial ended without a result"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _outputs(result: LoopResult | None, fits: list[str]) -> list[tuple[str, str]]:
+    named = list(result.outputs) if result else []
+    return [*dict.fromkeys(named), *(("fit", key) for key in fits)]
+
+
+def _quiet(stage: str, round: int, done: int, total: int) -> None:
+    """A trial shows no progress of its own."""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _claim(folder: Path, config: SweepConfig) -> None:
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} holds a run; give the sweep another name (-o name=NAME)")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.yaml").write_text(dump(config))
+
+
+def _write(result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:
+    """The results, the best configuration, and what the trials hold in the store, so that housekeeping spares it."""
+    _write_json(result.folder / "sweep.json", to_json(result, sweep))
+    (result.folder / "best.yaml").write_text(dump(chosen))
+    _write_json(result.folder / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 1)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.rename(path)

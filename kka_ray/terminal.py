@@ -1,0 +1,113 @@
+"""What a run shows in the terminal: live progress, and the tables at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_TITLES = {
+    "prepare": "normals",
+    "describe": "describe",
+    "render": "render",
+    "judge": "judge",
+    "prefer": "prefer (DPO)",
+    "audit": "audit",
+    "detect": "detect",
+    "evaluate": "evaluate",
+}
+
+
+class Reporter:
+    """Shows progress: live bars in a terminal, a line a finished stage elsewhere. Use as a context."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+        self._tasks: dict[tuple[str, int], Any] = {}
+        self._said: set[tuple[str, int]] = set()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._bars.stop()
+
+    def progress(self, stage: str, round: int, done: int, total: int) -> None:
+        """See `kka_ray.loop.Progress`."""
+        if stage not in _TITLES:
+            return
+        title = _TITLES[stage] if round < 0 else f"round {round}  {_TITLES[stage]}"
+        key = (stage, round)
+        if self.console.is_terminal:
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(title, total=total)
+            self._bars.update(self._tasks[key], completed=done, total=total)
+        elif done == total and stage != "render" and key not in self._said:
+            self._said.add(key)
+            self.console.print(f"{title}: {done}", highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning at once."""
+        self.console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> None:
+    """The tables at the end of a run, and where the report is."""
+    console.print(_rounds(summary))
+    if summary["auc"]["baseline"] is not None or summary["auc"]["kka"] is not None:
+        console.print(_detectors(summary))
+    else:
+        console.print("no test anomalies, hence no AUC; the report shows the normals that score highest", highlight=False)
+    if "truth" in summary and summary["truth"]:
+        truth = summary["truth"]
+        console.print(
+            f"true attributes: Spearman {truth['spearman']:+.2f} of hardness with distance, "
+            f"{truth['kept_normal_share']:.1%} of the kept images truly normal",
+            highlight=False,
+        )
+    console.print(
+        f"described {summary['described_fraction']:.1%}, drawn {summary['drawn_fraction']:.1%}, kept "
+        f"{summary['generated_fraction']:.1%} of {summary['normals']} normals; {summary['wall_seconds']:.0f} s",
+        highlight=False,
+    )
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _rounds(summary: dict[str, Any]) -> Table:
+    table = Table(title="rounds")
+    for name in ("round", "lines", "drawn", "hard", "easy", "normal-like", "hard rate", "diversity", "status"):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for i, r in enumerate(summary["rounds"]):
+        table.add_row(
+            str(i), str(r["described"]), str(r["rendered"]), str(r["hard"]), str(r["easy"]), str(r["normal_like"]),
+            f"{r['hard_rate']:.3f}", f"{r['diversity']:.3f}", r["status"],
+        )
+    return table
+
+
+def _detectors(summary: dict[str, Any]) -> Table:
+    arms = [a for a in ("baseline", "zeroth", "kka") if any(a in v for v in summary["detectors"].values())]
+    arms += sorted({a for v in summary["detectors"].values() for a in v} - set(arms))
+    titles = {"baseline": "baseline", "zeroth": "zero-th iteration", "kka": "KKA"}
+    table = Table(title="AUC on the test images, mean ± std over seeds")
+    table.add_column("detector")
+    for arm in arms:
+        table.add_column(titles.get(arm, arm), justify="right")
+    for kind, row in summary["detectors"].items():
+        mark = " *" if kind == summary["detector"] else ""
+        cells = [f"{row[a]['mean']:.4f} ± {row[a]['std']:.4f}" if a in row else "" for a in arms]
+        table.add_row(kind + mark, *cells)
+    table.caption = "* the headline detector, which is served"
+    return table

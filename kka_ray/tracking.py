@@ -1,0 +1,110 @@
+"""MLflow: one run a run of ours with its rounds as child runs; parameters once, metrics a round, the report as artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kka_ray.config.models import RunConfig
+
+
+def default_uri(output: Path) -> str:
+    """A SQLite file beside the runs, for one machine only."""
+    return f"sqlite:///{output.resolve() / 'mlflow.db'}"
+
+
+def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None = None) -> str:
+    """Writes a finished run and its rounds; returns the id of the MLflow run.
+
+    `parent` is the id of the run that this one belongs to, as in a sweep. The client is used, not the global active
+    run, so that several runs can be written by one process.
+    """
+    # Imported late: it takes seconds.
+    from mlflow import MlflowClient
+
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(config.tracking.uri or default_uri(output))
+    experiment = _experiment(client, config.tracking.experiment, None if config.tracking.uri else output)
+    tags = {"mlflow.runName": config.name, "kka.config_hash": str(summary["config_hash"])}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    run = client.create_run(experiment, tags=tags).info.run_id
+    for name, value in flatten(config.model_dump(mode="json")):
+        client.log_param(run, name, str(value)[:500])
+    for name, value in flatten({k: v for k, v in summary.items() if k not in ("rounds", "versions", "evaluation")}):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            client.log_metric(run, name, float(value))
+    for number, row in enumerate(summary["rounds"]):
+        child = client.create_run(
+            experiment, tags={"mlflow.runName": f"{config.name}/round-{number}", "mlflow.parentRunId": run}
+        ).info.run_id
+        for name, value in flatten(row):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                client.log_metric(child, name, float(value))
+                client.log_metric(run, f"round/{name}", float(value), step=number)
+        client.set_terminated(child)
+    for name in ("summary.json", "config.yaml", "report.html"):
+        if (folder / name).is_file():
+            client.log_artifact(run, str(folder / name))
+    client.set_terminated(run)
+    return str(run)
+
+
+def start_run(
+    uri: str, experiment: str, name: str, params: Mapping[str, Any], *, output: Path, parent: str | None = None
+) -> str:
+    """Opens an MLflow run and returns its id; `parent` is the run that it belongs to.
+
+    `uri` is given and not looked up, since a worker process knows nothing of its driver's tracking server. `output`
+    holds the artifacts of an experiment that is made here in the default SQLite file.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment_id = _experiment(client, experiment, output if uri == default_uri(output) else None)
+    tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
+    run = client.create_run(experiment_id, tags=tags).info.run_id
+    for key, value in params.items():
+        client.log_param(run, key, str(value)[:500])
+    return str(run)
+
+
+def end_run(
+    uri: str, run: str, metrics: Mapping[str, float], *, failed: bool = False, artifacts: Sequence[Path] = ()
+) -> None:
+    """Writes a run's metrics and artifacts and closes it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    for key, value in metrics.items():
+        client.log_metric(run, key, float(value))
+    for path in artifacts:
+        client.log_artifact(run, str(path))
+    client.set_terminated(run, "FAILED" if failed else "FINISHED")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested mappings; lists are left out of metrics by having their index as name."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    yield from flatten(item, f"{name}.{i}.")
+                else:
+                    yield f"{name}.{i}", item
+        else:
+            yield name, value
+
+
+def _experiment(client: Any, name: str, output: Path | None) -> str:
+    """The id of an experiment; where it is new and `output` is given, its artifacts go there."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = (output.resolve() / "mlartifacts").as_uri() if output else None
+    return str(client.create_experiment(name, artifact_location=location))

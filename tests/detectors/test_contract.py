@@ -1,0 +1,196 @@
+"""One contract, every detector."""
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from sklearn.metrics import roc_auc_score
+
+from kka_ray.config.models import Detector
+from kka_ray.detectors import DETECTORS, build
+from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.errors import AssetError, DataError
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.base import Features
+
+KINDS = tuple(DETECTORS)
+
+
+def _config(kind: str):
+    small = {"epochs": 3} if kind == "simplenet" else {}
+    return TypeAdapter(Detector).validate_python({"kind": kind, **small})
+
+
+def _features(count: int, seed: int, shift: float = 0.0) -> Features:
+    """Unit vectors around one direction; `shift` moves them, and a corner of their patch grid, away from it."""
+    rng = np.random.default_rng(seed)
+    pooled = 0.1 * rng.standard_normal((count, 24)) + np.eye(24)[0] + shift * np.eye(24)[1]
+    patches = rng.standard_normal((count, 4, 4, 10))
+    patches[:, :2, :2] += 6 * shift
+    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    return Features(unit.astype(np.float32), patches.astype(np.float16))
+
+
+NORMALS, VALIDATION, ANOMALIES = _features(120, 0), _features(40, 1), _features(20, 2, 1.0)
+TEST_NORMALS, TEST_ANOMALIES = _features(60, 3), _features(60, 4, 1.0)
+TEST = Features.join([TEST_NORMALS, TEST_ANOMALIES])
+
+
+def _fitted(kind: str, anomalies: Features | None = ANOMALIES, seed: int = 0):
+    detector = build(_config(kind))
+    detector.fit(NORMALS, anomalies, VALIDATION, seed)
+    return detector
+
+
+def _assert_close(a: np.ndarray, b: np.ndarray) -> None:
+    """Equal to 1e-5 of the spread of the scores."""
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_anomalies_score_higher(kind):
+    scores = _fitted(kind).score(TEST)
+    assert scores.dtype == np.float32
+    assert scores.shape == (120,)
+    assert roc_auc_score(np.repeat([0, 1], 60), scores) > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("anomalies", [None, ANOMALIES.take([])])
+def test_without_anomalies_it_fits_or_says_that_it_needs_them(kind, anomalies):
+    if build(_config(kind)).needs_anomalies:
+        with pytest.raises(ValueError, match="learns from anomalies"):
+            _fitted(kind, anomalies)
+    else:
+        scores = _fitted(kind, anomalies).score(TEST)
+        assert roc_auc_score(np.repeat([0, 1], 60), scores) > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_repeats_and_leaves_the_global_random_state_alone(kind):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = _fitted(kind).score(TEST)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)
+    torch.manual_seed(6)
+    assert np.array_equal(_fitted(kind).score(TEST), first)
+
+
+def test_the_seed_matters_to_simplenet():
+    assert not np.array_equal(_fitted("simplenet", seed=1).score(TEST), _fitted("simplenet", seed=2).score(TEST))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_do_not_depend_on_the_batch(kind):
+    detector = _fitted(kind)
+    parts = [detector.score(TEST.take(rows)) for rows in np.split(np.arange(120), [1, 2, 50])]
+    _assert_close(np.concatenate(parts), detector.score(TEST))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restoring_the_state_gives_the_same_scores(kind):
+    detector = _fitted(kind)
+    tensors, values = detector.state()
+    assert np.array_equal(build(_config(kind)).restore(tensors, values).score(TEST), detector.score(TEST))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_does_not_change_its_inputs(kind):
+    before = [x.copy() for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches)]
+    _fitted(kind).score(TEST)
+    after = [x for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heatmaps_show_where_or_there_are_none(kind):
+    detector = _fitted(kind)
+    heat = detector.heatmap(TEST_ANOMALIES)
+    if not detector.needs_patches:
+        assert heat is None
+    else:
+        assert heat.shape == (60, 4, 4)
+        assert heat.dtype == np.float32
+        assert heat[:, :2, :2].mean() > heat[:, 2:, 2:].mean() + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_normal_gives_finite_scores_or_a_clear_error(kind):
+    detector = build(_config(kind))
+    one = NORMALS.take([0])
+    if kind == "mahalanobis":
+        with pytest.raises(DataError, match="no variance"):
+            detector.fit(one, ANOMALIES, one, 0)
+        return
+    detector.fit(one, ANOMALIES, one, 0)
+    assert np.isfinite(detector.score(TEST)).all()
+
+
+def test_simplenet_says_that_it_needs_patches():
+    with pytest.raises(ValueError, match="patches=True"):
+        build(_config("simplenet")).fit(Features(NORMALS.pooled), None, VALIDATION, 0)
+
+
+# --- with images ----------------------------------------------------------------------------------------------------
+
+
+def _images(count: int, seed: int, shape: tuple[int, ...] = (32, 32, 3)) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8))
+
+
+def _tune(kind: str, backbone: Backbone, normals: list[np.ndarray], validation: list[np.ndarray]) -> TunedDetector:
+    anomalies = [255 - image // 4 for image in _images(6, 9)]
+    features = [backbone.extract(images, patches=True) for images in (normals, anomalies, validation)]
+    return TunedDetector.fit(_config(kind), backbone, *features, seed=0, false_positive_rate=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_scores_the_same(kind, backbone, tmp_path):
+    tuned = _tune(kind, backbone, _images(24, 0), _images(20, 1))
+    tuned.save(tmp_path)
+    loaded = TunedDetector.load(tmp_path)
+    images = _images(5, 2)
+    before, after = tuned.score_images(images), loaded.score_images(images)
+    for name in ("score", "robust_z", "percentile", "anomalous"):
+        assert np.array_equal(getattr(before, name), getattr(after, name)), name
+    assert loaded.config == tuned.config
+    assert loaded.calibration == tuned.calibration
+    assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constant_grey_and_odd_images_never_give_nan(kind, backbone):
+    constant = [np.full((32, 32, 3), 120, np.uint8)] * 4
+    odd = [*_images(1, 0, (17, 41)), *_images(1, 1, (200, 3, 3)), *_images(1, 2, (1, 1, 1)), *constant[:1]]
+    scores = _tune(kind, backbone, _images(10, 0), _images(8, 1)).score_images(odd)
+    assert all(np.isfinite(x).all() for x in (scores.score, scores.robust_z, scores.percentile))
+    if kind == "mahalanobis":
+        with pytest.raises(DataError, match="no variance"):
+            _tune(kind, backbone, constant, constant)
+        return
+    tuned = _tune(kind, backbone, constant, constant)
+    scores = tuned.score_images([*constant, *odd])
+    assert all(np.isfinite(x).all() for x in (scores.score, scores.robust_z, scores.percentile))
+    assert np.isfinite(tuned.calibration.threshold)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_normals_is_an_error(kind, backbone):
+    features = backbone.extract(_images(2, 0), patches=True)
+    none = features.take([])
+    with pytest.raises(DataError, match="no training"):
+        TunedDetector.fit(_config(kind), backbone, none, None, features, 0, 0.05)
+    with pytest.raises(DataError, match="no validation"):
+        TunedDetector.fit(_config(kind), backbone, features, None, none, 0, 0.05)
+
+
+def test_the_damaged_and_the_missing_are_refused(backbone, tmp_path):
+    with pytest.raises(AssetError, match="no readable detector"):
+        TunedDetector.load(tmp_path)
+    _tune("knn", backbone, _images(4, 0), _images(4, 1)).save(tmp_path)
+    weights = tmp_path / "detector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AssetError, match="no readable detector"):
+        TunedDetector.load(tmp_path)

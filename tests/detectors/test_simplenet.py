@@ -1,0 +1,74 @@
+import numpy as np
+import torch
+
+from kka_ray.config.models import SimpleNet
+from kka_ray.detectors.simplenet import SimpleNetDetector
+from kka_ray.detectors.simplenet.branch import Branch
+from kka_ray.detectors.simplenet.loss import truncated_l1
+from kka_ray.features.base import Features
+
+
+def _branch(noise: float = 1.0) -> tuple[Branch, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 12, generator=generator) * torch.linspace(0.1, 3, 12) + 5
+    branch = Branch(12, 8, 16)
+    branch.start(x, 0.3, noise, 0.5, generator)
+    return branch, x
+
+
+def test_the_loss_is_truncated_at_the_margin():
+    outputs = torch.tensor([1.0, 0.5, 0.0, -1.0])
+    assert float(truncated_l1(outputs, 0.5, normal=True)) == (0 + 0 + 0.5 + 1.5) / 4
+    assert float(truncated_l1(outputs, 0.5, normal=False)) == (1.5 + 1.0 + 0.5 + 0) / 4
+
+
+def test_the_start_is_a_falling_function_of_distance():
+    branch, x = _branch()
+    direction = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    steps = torch.stack([x.mean(0) + k * direction for k in range(6)])
+    with torch.no_grad():
+        values = branch(steps)
+        assert (values.diff() < 0).all()
+        assert abs(float(branch(x).mean()) - 0.5) < 1e-4
+
+
+def test_training_changes_every_parameter():
+    rng = np.random.default_rng(0)
+    features = Features(
+        rng.standard_normal((64, 12)).astype(np.float32), rng.standard_normal((64, 3, 3, 6)).astype(np.float16)
+    )
+    trained = SimpleNetDetector(SimpleNet(epochs=2))
+    trained.fit(features, None, features, 0)
+    # With a vanishing learning rate the same seed ends where it started.
+    start = SimpleNetDetector(SimpleNet(epochs=2, learning_rate=1e-30))
+    start.fit(features, None, features, 0)
+    before, after = start.state()[0], trained.state()[0]
+    assert set(before) == set(after)
+    for name in before:
+        learned = name.split(".")[1] in ("adaptor", "hidden", "tail")
+        assert torch.equal(before[name], after[name]) != learned, name
+
+
+def test_the_weight_of_anomalies_raises_the_scores_of_their_like():
+    rng = np.random.default_rng(0)
+    make = lambda n, at: Features(  # noqa: E731
+        (rng.standard_normal((n, 12)) + at).astype(np.float32),
+        (rng.standard_normal((n, 3, 3, 6)) + at).astype(np.float16),
+    )
+    normals, validation, anomalies, probe = make(64, 0), make(32, 0), make(16, 1.5), make(32, 1.5)
+    means = {}
+    for weight in (0.0, 5.0):
+        detector = SimpleNetDetector(SimpleNet(epochs=10, anomaly_weight=weight))
+        detector.fit(normals, anomalies, validation, 0)
+        means[weight] = np.median(detector.score(probe))
+    assert means[5.0] > means[0.0] + 0.5
+
+
+def test_a_channel_that_normals_never_use_stays_bounded():
+    branch = Branch(4, 4, 8)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    branch.start(x, 0.3, 1.0, 0.5, torch.Generator().manual_seed(0))
+    probe = torch.zeros(1, 4)
+    probe[0, 0] = 1.0
+    assert float(((probe - branch.mean) / branch.std).abs().max()) < 40

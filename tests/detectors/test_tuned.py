@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+
+from kka_ray.config.models import BackboneConfig, Knn, SimpleNet
+from kka_ray.detectors.robust import Robust
+from kka_ray.detectors.tuned import Calibration, TunedDetector
+from kka_ray.errors import AssetError, DataError
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.base import Features
+
+
+def _images(count: int, seed: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 40, 48, 3), dtype=np.uint8))
+
+
+def _fit(config, backbone: Backbone) -> TunedDetector:
+    features = [backbone.extract(_images(20, seed), patches=True) for seed in (0, 1)]
+    return TunedDetector.fit(config, backbone, features[0], None, features[1], seed=0, false_positive_rate=0.1)
+
+
+def test_the_threshold_flags_the_wanted_share_of_validation_normals():
+    scores = np.random.default_rng(0).gamma(2, size=400).astype(np.float32)
+    judged = Calibration.of(scores, 0.05).judge(scores)
+    assert judged.anomalous.sum() == 20
+    assert judged.anomalous.dtype == bool
+
+
+def test_robust_z_and_percentile_are_on_the_scale_of_normals():
+    scores = np.arange(101, dtype=np.float32)
+    judged = Calibration.of(scores, 0.05).judge(np.array([50, 75, 25, 1e6, -5], np.float32))
+    np.testing.assert_allclose(judged.robust_z[:3], [0, 1, -1])
+    np.testing.assert_allclose(judged.percentile, [50, 75, 25, 100, 0], atol=1e-3)
+    assert judged.robust_z[3] > 1000  # where the percentile is of no more use
+
+
+def test_equal_scores_standardise_to_finite_values():
+    standard = Robust.of(np.full(5, 3.0))
+    assert np.array_equal(standard(np.full(2, 3.0)), [0, 0])
+    assert np.isfinite(standard(np.array([4.0]))).all()
+
+
+def test_heatmaps_have_the_size_of_the_images(backbone):
+    heat = _fit(SimpleNet(epochs=1), backbone).heatmap_images(_images(3, 2))
+    assert heat is not None
+    assert heat.shape == (3, 40, 48)
+    assert heat.dtype == np.float32
+    assert np.isfinite(heat).all()
+
+
+def test_a_detector_of_whole_images_has_no_heatmap(backbone):
+    assert _fit(Knn(kind="knn"), backbone).heatmap_images(_images(2, 2)) is None
+
+
+def test_heatmaps_of_mixed_sizes_are_refused(backbone):
+    tuned = _fit(SimpleNet(epochs=1), backbone)
+    with pytest.raises(DataError, match="different sizes"):
+        tuned.heatmap_images([*_images(1, 2), np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_scoring_images_is_scoring_their_features(backbone):
+    tuned = _fit(Knn(kind="knn"), backbone)
+    images = _images(4, 3)
+    features: Features = backbone.extract(images, patches=False)
+    np.testing.assert_array_equal(tuned.score_images(images).score, tuned.score(features).score)
+    assert len(tuned.score_images(images)) == 4
+
+
+def test_another_backbone_is_refused(backbone, tmp_path, save_resnet):
+    _fit(Knn(kind="knn"), backbone).save(tmp_path)
+    other = Backbone.load(BackboneConfig(model=save_resnet(1), image_size=64))
+    with pytest.raises(AssetError, match="fit the detector again"):
+        TunedDetector.load(tmp_path, other)
+
+
+def test_another_image_size_is_refused(backbone, tmp_path):
+    _fit(Knn(kind="knn"), backbone).save(tmp_path)
+    other = Backbone.load(BackboneConfig(model=backbone.config.model, image_size=96))
+    with pytest.raises(AssetError, match="image_size = 64"):
+        TunedDetector.load(tmp_path, other)
+
+
+def test_a_backbone_of_another_batch_size_is_welcome(backbone, tmp_path):
+    _fit(Knn(kind="knn"), backbone).save(tmp_path)
+    other = Backbone.load(BackboneConfig(model=backbone.config.model, image_size=64, batch=2))
+    assert TunedDetector.load(tmp_path, other).backbone is other

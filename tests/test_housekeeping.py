@@ -1,0 +1,152 @@
+import io
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kka_ray.errors import DataError
+from kka_ray.housekeeping import collect, show_store
+from kka_ray.store import Attempt, Store
+
+
+def _make(store: Store, stage: str, inputs: dict, content: bytes = b"0123456789") -> str:
+    return store.get_or_make(stage, 1, inputs, lambda attempt: attempt.write("data", content)).key
+
+
+def _run(output: Path, name: str, references: list | None) -> None:
+    folder = output / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: x\n")
+    if references is not None:
+        (folder / "references.json").write_text(json.dumps(references))
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    (tmp_path / "runs").mkdir()
+    return Store(str(tmp_path / "runs" / "store"))
+
+
+def _states(entries) -> dict:
+    return {(e.stage, e.key): e.state for e in entries}
+
+
+def _age(path: Path, seconds: float) -> None:
+    for file in [path, *path.rglob("*")]:
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def test_references_are_followed_through_the_markers(store, tmp_path):
+    first = _make(store, "pairs", {"pairs": "a"})
+    adapter = _make(store, "dpo", {"pairs": first, "previous": None})
+    second = _make(store, "pairs", {"pairs": "b"})
+    last = _make(store, "dpo", {"pairs": second, "more": [{"previous": adapter}]})
+    other = _make(store, "sample", {"adapter": last})
+    _run(tmp_path / "runs", "demo", [["dpo", last], ["fit", "0" * 24]])
+    entries = collect(tmp_path / "runs", store.uri, delete=False)
+    assert _states(entries) == {
+        ("dpo", adapter): "used",
+        ("dpo", last): "used",
+        ("pairs", first): "used",
+        ("pairs", second): "used",
+        ("sample", other): "unused",
+    }
+    assert {e.runs for e in entries if e.state == "used"} == {("demo",)}
+
+
+def test_deleting_takes_what_is_unused_and_leaves_the_rest(store, tmp_path):
+    used, unused = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    collect(tmp_path / "runs", store.uri, delete=False)
+    assert store.find("fit", unused)
+    entries = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(entries)["fit", unused] == "unused"
+    assert store.find("fit", unused) is None
+    assert not Path(store.path("fit", unused)).exists()
+    assert store.find("fit", used).read("data") == b"0123456789"
+    assert list(_states(collect(tmp_path / "runs", store.uri, delete=True))) == [("fit", used)]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_unfinished_run_holds_every_output(store, tmp_path, damaged):
+    used, other = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    _run(tmp_path / "runs", "sweep/broken", None)
+    if damaged:
+        (tmp_path / "runs" / "sweep" / "broken" / "references.json").write_text('[["fit"')
+    entries = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(entries) == {("fit", used): "used", ("fit", other): "held"}
+    assert store.find("fit", other)
+    text = io.StringIO()
+    show_store(entries, Console(file=text, width=150), deleted=True)
+    assert "sweep/broken: not finished, so every output is kept" in text.getvalue()
+    assert "deleted 0 entries" in text.getvalue()
+
+
+def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
+    key = _make(store, "fit", {"n": 1})
+    _run(tmp_path / "runs", "demo", [["fit", key]])
+    superseded, lost, young = Attempt(store, "fit", key), Attempt(store, "render", "a" * 24), Attempt(store, "fit", key)
+    for attempt in (superseded, lost, young):
+        attempt.write("sub/data", b"x" * 1000)
+    marker = Path(store.path("fit", key, f".attempt-{uuid.uuid4().hex[:12]}.json"))
+    marker.write_text("{")
+    for path in (Path(store.path("fit", key, superseded.name)), Path(store.path("render", "a" * 24)), marker):
+        _age(path, 2 * 86400)
+    _age(Path(store.path("fit", key, store.find("fit", key).marker["attempt"])), 9 * 86400)
+    entries = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(entries) == {
+        ("fit", key): "used",
+        ("fit", f"{key}/{superseded.name}"): "leftover",
+        ("fit", f"{key}/{young.name}"): "growing",
+        ("fit", f"{key}/{marker.name}"): "leftover",
+        ("render", f"{'a' * 24}/{lost.name}"): "leftover",
+    }
+    assert {e.size for e in entries if e.state in ("leftover", "growing")} == {1000, 1}
+    left = _states(collect(tmp_path / "runs", store.uri, delete=False))
+    assert left == {("fit", key): "used", ("fit", f"{key}/{young.name}"): "growing"}
+    assert store.find("fit", key).read("data") == b"0123456789"
+    assert not Path(store.path("render", "a" * 24)).exists()
+
+
+def test_an_unused_output_goes_with_its_old_attempts(store, tmp_path):
+    key = _make(store, "fit", {"n": 1})
+    attempt = Attempt(store, "fit", key)
+    attempt.write("data", b"x")
+    _age(Path(store.path("fit", key, attempt.name)), 2 * 86400)
+    collect(tmp_path / "runs", store.uri, delete=True)
+    assert collect(tmp_path / "runs", store.uri, delete=False) == []
+
+
+def test_a_wrong_folder_of_runs_does_not_empty_a_store_elsewhere(tmp_path):
+    store = Store(str(tmp_path / "shared"))
+    key = _make(store, "fit", {"n": 1})
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(DataError, match="holds no run"):
+        collect(tmp_path / "runs", store.uri, delete=True)
+    with pytest.raises(DataError, match="there is no folder"):
+        collect(tmp_path / "run", store.uri, delete=True)
+    assert store.find("fit", key)
+
+
+def test_a_store_that_is_no_folder_is_kept_house_of_too(tmp_path):
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    used, unused = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    entries = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(entries) == {("fit", used): "used", ("fit", unused): "unused"}
+    assert [o.key for o in store.outputs()] == [used]
+
+
+def test_the_table_says_what_can_go(store, tmp_path):
+    used = _make(store, "fit", {"n": 1}, b"x" * 3_000_000)
+    _make(store, "render", {"n": 2}, b"x" * 2_000_000)
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    text = io.StringIO()
+    show_store(collect(tmp_path / "runs", store.uri, delete=False), Console(file=text, width=150), deleted=False)
+    assert "1 entries, 2.0 MB, can go: `kka gc --delete`" in text.getvalue()
+    assert "1 (3.0 MB)" in text.getvalue()

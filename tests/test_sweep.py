@@ -1,0 +1,394 @@
+"""Sweeps: the reference that measures trials, what is kept out of their sets, and trials that end cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kka_ray import assets, objective, sweep
+from kka_ray.cluster import train
+from kka_ray.cluster.streaming import Drawn
+from kka_ray.config import load
+from kka_ray.config.models import RunConfig
+from kka_ray.config.sweep import Sweep, Trial, load_sweep
+from kka_ray.confusion.judge import JudgeResult, LatentMap
+from kka_ray.confusion.selection import KeptImage
+from kka_ray.errors import ResourceError, StageError
+from kka_ray.features.base import Features
+from kka_ray.loop import Loop, LoopResult, Round
+from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
+from kka_ray.prepare import prepare
+from kka_ray.records import Description, Verdict
+from kka_ray.store import Store
+from kka_ray.sweep import Outcome, best_of, count_outputs, measure, run_trials, sweep_plan, table, to_json
+
+ROOT = Path(__file__).parents[1]
+LABELS = ("hard", "between", "easy", "normal_like")
+
+
+def line(id_: str, text: str, round: int = 0) -> Description:
+    return Description(id_, "p000", round, text, text, "ok")
+
+
+def verdict(id_: str, label: Any, round: int = 0) -> Verdict:
+    return Verdict(id_, round, 0, 1.0, 3.0, label)
+
+
+def drawn(ids: list[str]) -> Drawn:
+    images = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(len(ids))]
+    return Drawn(ids=ids, images=images, features=Features(np.zeros((len(ids), 2), np.float32)))
+
+
+def played(number: int, descriptions: list[Description], kept: list[KeptImage]) -> Round:
+    ids = [d.id for d in descriptions]
+    return Round(number, descriptions, drawn(ids), kept, "ok", None, 0.5, 0.5, 1.0, 9.0, {}, {})
+
+
+def zeroth(count: int = 80, labels: tuple[str, ...] = LABELS, kept: tuple[str, ...] = ()) -> LoopResult:
+    """A loop's result after round 0: `count` images, their labels in turn."""
+    descriptions = [line(f"r0-p000-s{i:03d}", f"a thing number {i}") for i in range(count)]
+    verdicts = [verdict(d.id, labels[i % len(labels)]) for i, d in enumerate(descriptions)]
+    none = np.zeros((0, 2), np.float32)
+    audit = JudgeResult(verdicts, {}, None, LatentMap(none, none, none, none))
+    return LoopResult([], [played(0, descriptions, [KeptImage(k, 0) for k in kept])], audit)
+
+
+def test_the_reference_half_is_a_fixed_half_of_the_ids() -> None:
+    ids = [f"r0-p{p:03d}-s{s:02d}" for p in range(20) for s in range(20)]
+    half = {id_ for id_ in ids if in_reference_half(id_)}
+    assert 0.4 < len(half) / len(ids) < 0.6
+    # Written down, so that an objective measured today can be compared with one measured tomorrow.
+    assert [in_reference_half(f"r0-p000-s0{i}") for i in range(6)] == [True, True, True, False, True, False]
+
+
+def test_the_reference_holds_hard_and_between_images_of_its_half_only() -> None:
+    result = zeroth()
+    reference = reference_of(result)
+    label = {v.id: v.label for v in result.audit.verdicts} if result.audit else {}
+    assert reference.ids == tuple(i for i in sorted(label) if label[i] in ("hard", "between") and in_reference_half(i))
+    assert [int(image[0, 0, 0]) for image in reference.images] == [int(id_[-3:]) for id_ in reference.ids]
+    # The whole half is withheld, whatever its labels.
+    for description in result.rounds[0].descriptions:
+        assert reference.withholds(description) == in_reference_half(description.id)
+
+
+def test_the_reference_depends_neither_on_the_trial_nor_on_what_was_kept() -> None:
+    assert reference_of(zeroth(kept=("r0-p000-s000",))).ids == reference_of(zeroth()).ids
+
+
+def test_copies_of_a_withheld_description_are_withheld_in_any_round() -> None:
+    result = zeroth()
+    reference = reference_of(result)
+    original = next(d for d in result.rounds[0].descriptions if reference.withholds(d))
+    assert reference.withholds(line("r2-p007-s001", f" {original.text.upper()}  ", 2))
+    assert not reference.withholds(line(original.id, "another line under the same id"))
+
+
+def test_a_reference_that_is_too_small_says_what_was_drawn() -> None:
+    with pytest.raises(StageError, match=r"fewer than 5.*80 easy.*loop\.lines"):
+        reference_of(zeroth(labels=("easy",)))
+
+
+def bare_loop(mode: str, rounds: int, budget: int, reference: Reference) -> Loop:
+    """A loop without its engines: what selects the kept set needs none."""
+    loop = Loop.__new__(Loop)
+    values = {"name": "x", "data": {"kind": "flowers"}, "loop": {"mode": mode, "rounds": rounds}}
+    loop.config = RunConfig.model_validate(values)
+    loop.budget, loop.withheld, loop._withheld_ids = budget, reference.withholds, set()
+    return loop
+
+
+@pytest.mark.parametrize("mode", ["rep", "add"])
+def test_no_round_keeps_a_withheld_image_and_others_take_its_place(mode: str) -> None:
+    result = zeroth(labels=("hard",))
+    reference = reference_of(result)
+    loop = bare_loop(mode, 1, 20, reference)
+    first = result.rounds.pop()
+    kept = loop._keep(result, first.drawn, first.descriptions, 0)
+    assert len(kept) == (20 if mode == "rep" else 10)
+    result.rounds.append(played(0, first.descriptions, kept))
+    # Round 1 writes half of the withheld descriptions again, under ids of its own.
+    copies = [line(f"r1-{d.id[3:]}", d.text, 1) for d in first.descriptions if reference.withholds(d)]
+    new = [line(f"r1-p009-s{i:03d}", f"something new {i}", 1) for i in range(10)]
+    everything = [*first.descriptions, *copies, *new]
+    result.verdicts = {d.id: verdict(d.id, "hard", d.round) for d in everything}
+    kept = loop._keep(result, drawn([d.id for d in [*copies, *new]]), [*copies, *new], 1)
+    texts = {d.id: d for d in everything}
+    assert len(kept) == 20
+    assert not any(reference.withholds(texts[k.id]) for k in kept)
+
+
+def test_a_kept_set_with_the_reference_in_it_is_refused(tmp_path: Path) -> None:
+    reference = reference_of(zeroth())
+    with pytest.raises(StageError, match="holds 1 withheld"):
+        validation_auc(None, None, None, zeroth(kept=reference.ids[:1]), reference)  # type: ignore[arg-type]
+
+
+class ByFirstFeature:
+    """A detector whose score is the first feature."""
+
+    def score(self, features: Features) -> Any:
+        return type("Scores", (), {"score": features.pooled[:, 0]})()
+
+
+def test_the_objective_is_the_auc_of_validation_normals_and_the_reference() -> None:
+    normals = Features(np.array([[0.0], [1.0], [2.0], [3.0]], np.float32))
+    anomalies = Features(np.array([[2.5], [4.0]], np.float32))
+    assert aucs({"k": ByFirstFeature()}, normals, anomalies) == [7 / 8]  # type: ignore[dict-item]
+
+
+@pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="the backbone is not installed")
+def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def run(name: str, function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], *rest: Any) -> None:
+        jobs.append(arguments)
+        function({**arguments, "threads": 1})
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "rank", lambda: (0, 1))
+    monkeypatch.setattr(objective, "FEWEST", 1)
+    values = {
+        "name": "x",
+        "data": {"kind": "flowers", "normals": 20},
+        "detect": {"detectors": [{"kind": "fused"}, {"kind": "knn"}], "headline": "fused", "seeds": 2},
+    }
+    config, store = RunConfig.model_validate(values), Store(str(tmp_path))
+    prepared = prepare(config, store)
+    noise = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(12)]
+    result = zeroth(12, labels=("hard",))
+    reference = reference_of(result)
+    first = result.rounds[0]
+    kept = [KeptImage(d.id, 0, "hard") for d in first.descriptions if not reference.withholds(d)]
+    first.drawn.images, first.drawn.features = noise, prepared.backbone.extract(noise, prepared.patches)
+    reference = reference_of(result)
+    first.kept.extend(kept)
+
+    values_of_seeds, keys = validation_auc(config, store, prepared, result, reference)
+    # Noise is easily told from flowers, by a head that saw other noise.
+    assert len(values_of_seeds) == len(keys) == 2
+    assert min(values_of_seeds) > 0.9
+    assert {f["detector"].kind for f in jobs[0]["fits"]} == {"fused"}
+    (anomalies,) = {f["anomalies"] for f in jobs[0]["fits"]}
+    output = store.find("features", anomalies)
+    assert output is not None
+    assert output.marker["inputs"]["set"] == [k.id for k in kept]
+    assert validation_auc(config, store, prepared, result, reference) == (values_of_seeds, keys)
+    assert len(jobs) == 1, "the second time all fits are in the store"
+
+
+@pytest.fixture
+def small() -> Sweep:
+    return load_sweep(ROOT / "tune_configs" / "smoke.yaml")
+
+
+def test_a_trial_fits_two_cpus_and_two_trials_do_not(small: Sweep) -> None:
+    sweep_plan(small.base, 1).check([{"CPU": 2.0}])
+    with pytest.raises(ResourceError, match="does not fit"):
+        sweep_plan(small.base, 2).check([{"CPU": 2.0}])
+    sweep_plan(small.base, 2).check([{"CPU": 4.0}])
+    assert sum(b["CPU"] for b in sweep._resources(small.base).bundles) == 1.0
+
+
+def test_outputs_count_as_found_if_they_were_there_before() -> None:
+    outputs = [("render", "a"), ("render", "b"), ("dpo", "c")]
+    assert count_outputs(outputs, {("render", "a"), ("fit", "z")}) == ({"dpo": 1, "render": 1}, {"render": 1})
+
+
+def test_the_best_is_the_first_of_the_largest_and_failures_do_not_count() -> None:
+    rows = [Outcome(0, {}, error="no"), Outcome(1, {}, 0.7), Outcome(2, {}, 0.9), Outcome(3, {}, 0.9)]
+    assert best_of(rows).number == 2
+    with pytest.raises(StageError, match="all 1 trials failed; the first: no"):
+        best_of(rows[:1])
+
+
+def test_the_results_are_plain_json_and_a_row_a_trial(small: Sweep, tmp_path: Path) -> None:
+    rows = [Outcome(t.number, dict(t.overrides), 0.5 + t.number / 100, [0.5], 3.0) for t in small.trials]
+    rows[1] = Outcome(1, dict(small.trials[1].overrides), error="StageError: no")
+    result = sweep.SweepResult(tmp_path, rows, best_of(rows), ("r0-p000-s001",), None, 9.0)
+    sweep._write(result, small, small.trials[0].config)
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written == to_json(result, small)
+    assert [t["objective"] is None for t in written["trials"]] == [False, True, False, False, False, False]
+    assert written["best"] == len(rows) - 1
+    assert table(result, small).row_count == len(rows)
+
+
+class ClosingLoop:
+    """Stands in for the loop: it fails, and remembers that it was closed."""
+
+    closed = 0
+
+    def __init__(self, *arguments: Any, withheld: Any) -> None:
+        pass
+
+    def run(self) -> LoopResult:
+        raise StageError("nothing was drawn")
+
+    def close(self) -> None:
+        ClosingLoop.closed += 1
+
+
+def test_a_trial_that_fails_closes_its_loop_and_is_a_row(
+    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "Loop", ClosingLoop)
+    monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    config = small.base.model_copy(update={"store": small.base.store.model_copy(update={"uri": str(tmp_path)})})
+    outcome = measure(small.trials[0], config, reference_of(zeroth()), None)
+    assert outcome.error == "StageError: nothing was drawn"
+    assert outcome.objective is None
+    assert ClosingLoop.closed == 1
+
+
+def test_the_reference_comes_from_a_loop_without_rounds(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RunConfig] = []
+
+    class Zeroth(ClosingLoop):
+        def __init__(self, config: RunConfig, *arguments: Any) -> None:
+            seen.append(config)
+
+        def run(self) -> LoopResult:
+            return zeroth()
+
+    monkeypatch.setattr(objective, "Loop", Zeroth)
+    before = ClosingLoop.closed
+    objective.make_reference(small.base, None, None, sweep._quiet)  # type: ignore[arg-type]
+    assert [c.loop.rounds for c in seen] == [0]
+    assert ClosingLoop.closed == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("champion", [True, False])
+def test_a_sweep_writes_its_results_and_a_tree_of_tracked_runs(
+    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, champion: bool
+) -> None:
+    """The whole of `run` with trials in this process and without engines; tracking is real."""
+    from mlflow import MlflowClient
+
+    asked: list[tuple[str, str | None]] = []
+
+    def measured(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: str | None) -> Outcome:
+        error = "StageError: no" if trial.number == 1 else None
+        score = None if error else trial.number / 10
+        outputs = [["render", "k"]]
+        return Outcome(trial.number, dict(trial.overrides), score, outputs=outputs, mlflow=mlflow_run, error=error)
+
+    def trials(function: Callable[[dict[str, Any], Any], None], job: Any, swept: Sweep, note: Any) -> list[Outcome]:
+        reported: list[Outcome] = []
+        monkeypatch.setattr(sweep.tune, "report", lambda metrics: reported.append(Outcome(**metrics["outcome"])))
+        for trial in swept.trials:
+            function({"trial": trial.number}, job)
+        return reported
+
+    def whole_run(config: RunConfig, *arguments: Any, verbose: bool, parent: str | None) -> Any:
+        asked.append((config.name, parent))
+        auc = {"baseline": None, "zeroth": None, "kka": {"mean": 0.9, "std": 0.0, "per_seed": [0.9]}}
+        return SimpleNamespace(summary={"name": config.name, "config_hash": "h", "detector": "simplenet", "auc": auc})
+
+    monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep, "make_reference", lambda *_: reference_of(zeroth()))
+    monkeypatch.setattr(sweep, "measure", measured)
+    monkeypatch.setattr(sweep, "run_trials", trials)
+    monkeypatch.setattr(sweep, "run_experiment", whole_run)
+    here = {"output": str(tmp_path)}
+    base = small.base.model_copy(update=here)
+    ours = tuple(Trial(t.number, t.overrides, t.config.model_copy(update=here)) for t in small.trials)
+    chosen = small.config.model_copy(update={"champion_evaluation": champion})
+    result = sweep.run(Sweep(chosen, base, ours), sweep._quiet, pytest.fail, lambda text: None)
+
+    assert result.best.number == 5
+    folder = tmp_path / "smoke"
+    assert load(folder / "best.yaml", RunConfig).loop.rounds == ours[5].config.loop.rounds
+    assert json.loads((folder / "references.json").read_text()) == [["render", "k"]]
+    written = json.loads((folder / "sweep.json").read_text())
+    assert [t["objective"] for t in written["trials"]] == [0.0, None, 0.2, 0.3, 0.4, 0.5]
+    assert (written["champion"] is not None) == champion
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "kka"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {r.data.metrics.get("validation_auc") for r in children} == {0.0, None, 0.2, 0.3, 0.4, 0.5}
+    assert sorted(r.info.status for r in children) == ["FAILED"] + ["FINISHED"] * 5
+    assert all(set(r.data.params) == set(small.config.parameters) for r in children)
+    assert parent.info.status == "FINISHED"
+    assert asked == ([(load(folder / "best.yaml", RunConfig).name, parent.info.run_id)] if champion else [])
+
+
+def tiny() -> Callable[[dict[str, Any], Path], None]:
+    """A trial with a pool in its placement group; made here so that it is sent by value.
+
+    Trial 0 makes an output under a lease, 1 fails, 2 dies once, 3 runs a Ray Train job.
+    """
+
+    class Echo:
+        def say(self, value: int) -> int:
+            return value
+
+    def trial(settings: dict[str, Any], job: Path) -> None:
+        import ray
+        from ray import tune
+
+        from kka_ray.cluster import leases, train
+        from kka_ray.config.models import ClusterConfig
+
+        number = settings["trial"]
+        worker = ray.remote(num_cpus=0.25)(Echo).remote()
+        value = ray.get(worker.say.remote(number))
+        if number == 0:
+            store = leases.open_store(str(job / "store"))
+            assert store._leases is not None, "the driver's ledger was not found"
+            store.get_or_make("x", 1, {}, lambda attempt: attempt.json(1, "value"))
+        if number == 1:
+            raise ValueError("this trial fails")
+        if number == 2 and not (job / "died").exists():
+            (job / "died").touch()
+            os._exit(1)
+        if number == 3:
+            mark = str(job / "trained")
+            train.run("tiny", lambda arguments: open(mark, "w").close(), {}, 1, ClusterConfig())
+        tune.report({"outcome": asdict(Outcome(number, {}, float(value)))})
+
+    return trial
+
+
+@pytest.mark.slow
+def test_trials_on_a_cluster_end_without_leaks(small: Sweep, tmp_path: Path) -> None:
+    import ray
+    from ray.util import placement_group_table
+
+    from kka_ray.cluster import leases
+    from kka_ray.cluster.session import session
+
+    four = Sweep(small.config, small.base, tuple(Trial(i, {"loop.rounds": i}, small.base) for i in range(4)))
+    notes: list[str] = []
+    with session(small.base.cluster):
+        ledger = leases.start()
+        outcomes = run_trials(tiny(), tmp_path, four, notes.append)
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
+            time.sleep(0.5)
+        groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+        del ledger
+        free, total = ray.available_resources()["CPU"], ray.cluster_resources()["CPU"]
+    assert [o.objective for o in outcomes] == [0.0, None, 2.0, 3.0], "the one that died was tried again"
+    assert "this trial fails" in (outcomes[1].error or "")
+    assert (tmp_path / "trained").exists()
+    assert groups == []
+    assert free == total
+    assert len([n for n in notes if n.startswith("trial ")]) >= 4
