@@ -53,7 +53,9 @@ def run(
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False
+) -> None:
     """Finishes an interrupted run from its folder."""
     _run(load(folder / "config.yaml", RunConfig), verbose)
 
@@ -119,9 +121,9 @@ def report(folder: Annotated[Path, typer.Argument(help="the run's folder")]) -> 
 def score(
     images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
     model: Annotated[Path, typer.Option("--model", "-m", help="the run's folder, or its detector folder")],
-    output: Annotated[Path, typer.Option("--output", help="folder for scores.csv, heatmaps and the contact sheet")] = Path(
-        "scores"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", help="folder for scores.csv, heatmaps and the contact sheet")
+    ] = Path("scores"),
     heatmaps: Annotated[bool, typer.Option(help="write a heatmap an image")] = True,
 ) -> None:
     """Scores images with a run's detector."""
@@ -162,7 +164,9 @@ def setup() -> None:
 
 
 @app.command()
-def doctor(config: Annotated[Path | None, typer.Argument(help="check what this configuration needs as well")] = None) -> None:
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="check what this configuration needs as well")] = None,
+) -> None:
     """Says what is installed, which models and devices are there, what is missing and how to get it."""
     from kka_ray.doctor import examine, show
 

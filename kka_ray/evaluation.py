@@ -169,12 +169,11 @@ def _wanted(detector: Detector, arm: Arm) -> bool:
     return arm.name != BASELINE or not build(detector).needs_anomalies
 
 
-def _fit_all(
-    config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm]
-) -> dict[tuple[str, str, int], str]:
+def _fit_all(config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm]) -> dict[tuple[str, str, int], str]:
     train_key = _put(store, prepared, prepared.train, "train", list(prepared.normals.train.ids))
     validation_key = _put(store, prepared, prepared.validation, "validation", list(prepared.normals.validation.ids))
-    fits, missing = {}, []
+    fits: dict[tuple[str, str, int], str] = {}
+    missing: list[dict[str, Any]] = []
     for detector in config.detect.detectors:
         for arm in arms:
             if not _wanted(detector, arm):

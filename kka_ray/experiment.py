@@ -1,4 +1,4 @@
-"""A whole run: normals in; the loop, the evaluation, a folder with the summary, the records, the detector and the report out.
+"""A whole run: normals in; the loop, the evaluation, and a folder with summary, records, detector and report out.
 
 The same command run again after an interruption finishes the run: what is in the store is not made again.
 """
@@ -51,8 +51,8 @@ def run(
 ) -> Finished:
     """Runs a configuration to its end.
 
-    `say` hears of what a user should read at once (warnings). `parent` is an MLflow run that this one belongs to. Raises
-    KkaError for what a user can mend.
+    `say` hears of what a user should read at once (warnings). `parent` is an MLflow run that this one belongs to.
+    Raises KkaError for what a user can mend.
     """
     started = time.perf_counter()
     config = absolute(config)
@@ -90,8 +90,8 @@ def claim(folder: Path, config: RunConfig) -> None:
     file, text = folder / "config.yaml", dump(config)
     if file.is_file() and file.read_text() != text:
         raise ConfigError(
-            f"{folder} holds a run with another configuration. Give this one another name (-o name=NAME), or remove the "
-            f"folder; what both have in common stays in the store"
+            f"{folder} holds a run with another configuration. Give this one another name (-o name=NAME), or remove "
+            f"the folder; what both have in common stays in the store"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

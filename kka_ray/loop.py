@@ -1,5 +1,8 @@
-"""The KKA loop: describe, render, judge, keep, prefer, and again. Every stage's output is in the store, so a loop that was
-interrupted goes on where it was, and two loops share what they have in common."""
+"""The KKA loop: describe, render, judge, keep, prefer, and again.
+
+Every stage's output is in the store, so a loop that was interrupted goes on where it was, and two loops share what
+they have in common.
+"""
 
 from __future__ import annotations
 
@@ -126,8 +129,15 @@ class Loop:
             seconds = {k: round(v, 2) for k, v in seconds.items()}
             result.rounds.append(
                 Round(
-                    number, descriptions, drawn, kept, status, training, **measures,
-                    seconds=seconds, diagnostics=judged.diagnostics,
+                    number,
+                    descriptions,
+                    drawn,
+                    kept,
+                    status,
+                    training,
+                    **measures,
+                    seconds=seconds,
+                    diagnostics=judged.diagnostics,
                 )
             )
             self.progress("round", number, number + 1, config.loop.rounds + 1)
@@ -219,9 +229,7 @@ class Loop:
             config.seed,
         )
 
-    def _keep(
-        self, result: LoopResult, drawn: Drawn, descriptions: list[Description], number: int
-    ) -> list[KeptImage]:
+    def _keep(self, result: LoopResult, drawn: Drawn, descriptions: list[Description], number: int) -> list[KeptImage]:
         loop = self.config.loop
         if self.withheld:
             self._withheld_ids |= {d.id for d in descriptions if self.withheld(d)}
@@ -286,5 +294,3 @@ class Loop:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-

@@ -95,9 +95,7 @@ def schema(cls: type[Record]) -> pa.Schema:
     """The Arrow schema of a record type."""
     hints = typing.get_type_hints(cls)
     types = {f.name: hints[f.name] for f in fields(cls)}
-    return pa.schema(
-        [(n, pa.string() if typing.get_origin(t) is Literal else _ARROW[t]) for n, t in types.items()]
-    )
+    return pa.schema([(n, pa.string() if typing.get_origin(t) is Literal else _ARROW[t]) for n, t in types.items()])
 
 
 def to_table(cls: type[Record], records: Iterable[Record]) -> pa.Table:

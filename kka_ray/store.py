@@ -93,7 +93,7 @@ class Output:
 
     @cached_property
     def local(self) -> Path:
-        """A folder on this machine with the files: the store's own where it is local, else a copy in a temporary one."""
+        """A folder on this machine with the files: the store's own where that is local, else a temporary copy."""
         if self.store.is_local:
             for name in self.files:
                 self.read(name)

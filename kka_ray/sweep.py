@@ -113,9 +113,7 @@ def run(
         reference = make_reference(base, store, prepare(base, store), progress)
         note(f"reference: {len(reference.ids)} drawn anomalies, the same for all {len(sweep.trials)} trials")
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
-        parent = tracking.start_run(
-            uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output)
-        )
+        parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output))
         job = _Job(sweep.trials, reference, uri, base.tracking.experiment, parent, torch.get_num_threads())
         try:
             outcomes = run_trials(run_trial, job, sweep, note)
@@ -287,8 +285,14 @@ def table(result: SweepResult, sweep: Sweep) -> Table:
         stalled = sum(s != "ok" for s in o.rounds)
         status = "failed" if o.error else f"{stalled} stalled" if stalled else "ok"
         out.add_row(
-            str(o.number), *values, score, f"{o.seconds:.0f}", str(sum(o.made.values())), str(sum(o.found.values())),
-            str(o.kept), status,
+            str(o.number),
+            *values,
+            score,
+            f"{o.seconds:.0f}",
+            str(sum(o.made.values())),
+            str(sum(o.found.values())),
+            str(o.kept),
+            status,
         )
     out.caption = "* the best; made and found count the outputs of stages"
     return out

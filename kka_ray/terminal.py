@@ -69,8 +69,10 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
     if summary["auc"]["baseline"] is not None or summary["auc"]["kka"] is not None:
         console.print(_detectors(summary))
     else:
-        console.print("no test anomalies, hence no AUC; the report shows the normals that score highest", highlight=False)
-    if "truth" in summary and summary["truth"]:
+        console.print(
+            "no test anomalies, hence no AUC; the report shows the normals that score highest", highlight=False
+        )
+    if summary.get("truth"):
         truth = summary["truth"]
         console.print(
             f"true attributes: Spearman {truth['spearman']:+.2f} of hardness with distance, "
@@ -91,8 +93,15 @@ def _rounds(summary: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "status" else "right")
     for i, r in enumerate(summary["rounds"]):
         table.add_row(
-            str(i), str(r["described"]), str(r["rendered"]), str(r["hard"]), str(r["easy"]), str(r["normal_like"]),
-            f"{r['hard_rate']:.3f}", f"{r['diversity']:.3f}", r["status"],
+            str(i),
+            str(r["described"]),
+            str(r["rendered"]),
+            str(r["hard"]),
+            str(r["easy"]),
+            str(r["normal_like"]),
+            f"{r['hard_rate']:.3f}",
+            f"{r['diversity']:.3f}",
+            r["status"],
         )
     return table
 

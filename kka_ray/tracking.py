@@ -1,4 +1,4 @@
-"""MLflow: one run a run of ours with its rounds as child runs; parameters once, metrics a round, the report as artifact."""
+"""MLflow: a run of ours with its rounds as child runs; parameters once, metrics a round, the report as artifact."""
 
 from __future__ import annotations
 

@@ -243,9 +243,7 @@ def test_a_connection_that_is_lost_for_good_is_an_error(send: Callable[[FakeClie
         send(FakeClient("log\n", breaks=(1,) * 20))
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "expected"), [("FAILED", 7, 7), ("FAILED", None, 1), ("STOPPED", None, 1)]
-)
+@pytest.mark.parametrize(("status", "code", "expected"), [("FAILED", 7, 7), ("FAILED", None, 1), ("STOPPED", None, 1)])
 def test_a_job_that_fails_has_its_own_status_and_reason(
     send: Callable[[FakeClient], int], console: Console, status: str, code: int | None, expected: int
 ) -> None:

@@ -59,7 +59,12 @@ class Streamer:
         self._renderers = Pool(
             "renderers",
             lambda: start(
-                RenderWorker, cluster.renderers, cluster.max_restarts, store.uri, config.render, config.backbone,
+                RenderWorker,
+                cluster.renderers,
+                cluster.max_restarts,
+                store.uri,
+                config.render,
+                config.backbone,
                 prepared.patches,
             ),
             cluster.renderers.workers,
@@ -82,8 +87,8 @@ class Streamer:
     ) -> tuple[list[Description], Drawn]:
         """Writes the round's lines, judges their text in order, and draws those that may be drawn."""
         tasks = self._sample_tasks(prompts, number, seed, adapter)
-        for i, task in enumerate(tasks):
-            self._samplers.submit(i, task)
+        for i, sample_task in enumerate(tasks):
+            self._samplers.submit(i, sample_task)
         written: dict[int, str] = {}
         descriptions: list[Description] = []
         drawn = Drawn()

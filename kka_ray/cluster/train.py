@@ -27,8 +27,8 @@ def run(
     """Runs `function(arguments)` on `workers` processes of one Ray Train job and waits for its end.
 
     The function writes what it makes into the store. A worker that dies has the job started again, up to
-    `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one used before
-    would load the old job's state.
+    `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
+    used before would load the old job's state.
     """
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         trainer = TorchTrainer(

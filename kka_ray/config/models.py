@@ -70,9 +70,7 @@ class FolderData(Strict):
     max_pixels: int = Field(64_000_000, gt=0, description="larger images are refused before they are decoded")
 
 
-Data = Annotated[
-    FlowersData | Cifar100Data | Oxford102Data | UcmData | FolderData, Field(discriminator="kind")
-]
+Data = Annotated[FlowersData | Cifar100Data | Oxford102Data | UcmData | FolderData, Field(discriminator="kind")]
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -226,7 +224,9 @@ class ConfusionConfig(Strict):
 
     evaluator: Evaluator = DeepSad()
     folds: int = Field(3, ge=2, description="cross-fitting: no image is judged by an evaluator that trained on it")
-    rule: Literal["band", "paper"] = Field("band", description="paper: hard <= max of the normals + 0, easy = the worst")
+    rule: Literal["band", "paper"] = Field(
+        "band", description="paper: hard <= max of the normals + 0, easy = the worst"
+    )
     lower_quantile: float = Field(0.95, ge=0, le=1, description="of validation normals: closer is normal-like")
     upper: float = Field(5.0, gt=0, description="upper edge of the hard band, in MADs above the normal median")
     gap: float = Field(1.0, ge=0, description="easy begins this many MADs above the hard band")
@@ -242,7 +242,8 @@ class PreferenceConfig(Strict):
     beta: float = Field(0.1, gt=0)
     reference: Literal["base", "previous"] = "base"
     rejected: tuple[Literal["easy", "normal_like", "guarded"], ...] = Field(
-        ("easy",), description="what a hard line is preferred to: easy ones, drawn normals, lines that the guard refused"
+        ("easy",),
+        description="what a hard line is preferred to: easy ones, drawn normals, lines that the guard refused",
     )
     min_pairs: int = Field(8, ge=1, description="with fewer the round is stalled and DPO is left out")
     max_pairs: int = Field(256, ge=1)

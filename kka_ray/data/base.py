@@ -42,7 +42,7 @@ class ImageSet:
         digest = hashlib.sha256()
         for id_, image, caption in zip(self.ids, self.images, self.captions, strict=True):
             digest.update(f"{id_}\0{image.shape}\0{caption}\0".encode())
-            digest.update(np.ascontiguousarray(image))
+            digest.update(np.ascontiguousarray(image).data)
         return digest.hexdigest()
 
 
@@ -77,5 +77,5 @@ class DataModule(ABC):
 def content_hash(image: np.ndarray) -> str:
     """SHA-256 of an image's shape and pixels, 16 hex digits: copies under other names or encodings are equal."""
     digest = hashlib.sha256(str(image.shape).encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()[:16]

@@ -371,7 +371,7 @@ def make_renderer_data(count: int, seed: int, shard: int = 0) -> list[DrawnFlowe
     Shards of the same seed differ and can be drawn by different processes.
     """
     rng = np.random.default_rng([seed, 2, shard])
-    out = []
+    out: list[DrawnFlower] = []
     while len(out) < count:
         flower = Flower(**{name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()})
         # Half of them near the normal range, where the renderer has to be exact.

@@ -44,8 +44,8 @@ class FolderModule(DataModule):
 
     A caption comes from the CSV `captions` where it is given (`file` relative to the data folder or to the folder of
     the normals; a relative `captions` is looked up in the data folder), else from the first line of a text file of the
-    image's name, else from a template with the description. A CSV must caption every normal image that can be read; test
-    images may go without.
+    image's name, else from a template with the description. A CSV must caption every normal image that can be read;
+    test images may go without.
 
     Files that cannot be read or are too large are skipped: listed in `skipped`, counted in `Normals.dropped`.
     """

@@ -121,34 +121,39 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities of the completions' tokens, in batches sorted by length."""
-        pairs = [
-            (self._tokenizer(p)["input_ids"], self._tokenizer(c, add_special_tokens=False)["input_ids"])
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        out: list[list[float]] = [[] for _ in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-        for start in range(0, len(order), 32):
-            rows = order[start : start + 32]
-            encoded = [{"input_ids": pairs[i][0] + pairs[i][1]} for i in rows]
-            batch = self._tokenizer.pad(encoded, return_tensors="pt").to(self.device)
-            longest = max(len(pairs[i][1]) for i in rows)
-            if longest == 0:
-                continue
-            mask = batch["attention_mask"]
-            logits = self._model(
-                batch["input_ids"],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-                logits_to_keep=longest + 1,
-                use_cache=False,
-            ).logits
-            picked = logits[:, :-1].float().log_softmax(-1)
-            picked = picked.gather(-1, batch["input_ids"][:, -longest:, None])[..., 0]
-            for row, values in zip(rows, picked.tolist(), strict=True):
-                length = len(pairs[row][1])
-                out[row] = values[len(values) - length :]
+        """Log-probabilities of the completions' tokens. A prompt that has several completions is read once."""
+        rows_of: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt, []).append(i)
+        tokens = [self._tokenizer(c, add_special_tokens=False)["input_ids"] for c in completions]
+        out: list[list[float]] = [[] for _ in completions]
+        for prompt, rows in rows_of.items():
+            for start in range(0, len(rows), self.batch):
+                part = [i for i in rows[start : start + self.batch] if tokens[i]]
+                if part:
+                    values = self._log_probs_of_one_prompt(prompt, [tokens[i] for i in part])
+                    for i, row in zip(part, values, strict=True):
+                        out[i] = row[: len(tokens[i])]
         return out
+
+    def _log_probs_of_one_prompt(self, prompt: str, completions: list[list[int]]) -> list[list[float]]:
+        """A row of log-probabilities a completion, padded at the end."""
+        prefix = self._tokenizer(prompt, return_tensors="pt").to(self.device)
+        length, count, longest = prefix["input_ids"].shape[1], len(completions), max(map(len, completions))
+        cache = DynamicCache(config=self._model.config)
+        first = self._model(**prefix, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
+        cache.batch_repeat_interleave(count)
+        pad = self._tokenizer.pad_token_id
+        ids = torch.tensor([c + [pad] * (longest - len(c)) for c in completions], device=self.device)
+        there = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions], device=self.device)
+        logits = self._model(
+            ids,
+            attention_mask=torch.cat([there.new_ones(count, length), there], 1),
+            position_ids=torch.arange(length, length + longest, device=self.device).expand(count, -1),
+            past_key_values=cache,
+        ).logits
+        logits = torch.cat([first.expand(count, -1, -1), logits[:, :-1]], 1).float()
+        return (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).tolist()
 
     def _line_ends(self) -> Tensor:
         """Bool (vocabulary,): tokens that end a line, and the end-of-text token."""

@@ -21,7 +21,9 @@ def read_features(output: Output, *, patches: bool) -> Features | None:
     """The features in an output, or None if it holds none (nothing was drawn)."""
     if "pooled.npy" not in output.files:
         return None
-    return Features(_from_bytes(output.read("pooled.npy")), _from_bytes(output.read("patches.npy")) if patches else None)
+    return Features(
+        _from_bytes(output.read("pooled.npy")), _from_bytes(output.read("patches.npy")) if patches else None
+    )
 
 
 def _to_bytes(array: np.ndarray) -> bytes:

@@ -80,7 +80,9 @@ def train_dpo(
     trainer = DPOTrainer(
         model=policy,
         args=_arguments(config, seed, work, workers),
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+        ),
         processing_class=tokenizer,
         peft_config=None if continued else _lora(config),
     )

@@ -1,4 +1,4 @@
-"""Training of the built-in text-to-image network by flow matching. Plain torch: `kka_ray.cluster` puts it on Ray Train."""
+"""Training of the built-in text-to-image network by flow matching, in plain torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * (1 - 0.99 * (step - start) / max(settings.steps - start, 1))
 
 
-def flow_loss(network: torch.nn.Module, images: Tensor, text: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(
+    network: torch.nn.Module, images: Tensor, text: Tensor, mask: Tensor, generator: torch.Generator
+) -> Tensor:
     """Mean squared error of the velocity, times drawn from a logit-normal; images (B, 3, S, S) in [-1, 1]."""
     noise = torch.randn(images.shape, generator=generator)
     time_ = torch.sigmoid(torch.randn(len(images), generator=generator) - 0.4)
@@ -115,7 +117,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, settings)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(self.network if forward is None else forward, images, data.text[rows].float(), mask, generator)
+            loss = flow_loss(
+                self.network if forward is None else forward, images, data.text[rows].float(), mask, generator
+            )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -150,9 +154,7 @@ class Trainer:
         for key, value in part("optimizer").items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(
-            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def train(

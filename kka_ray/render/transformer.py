@@ -2,9 +2,9 @@
 
 The token states of the text are gathered by cross-attention into a few learned word slots, which form one sequence
 with the patches of the noisy image: a sequence is what costs time, and texts are padded. Time and the pooled text
-modulate every block through one shared projection and a table a block (adaptive norm, PixArt's way). The network predicts the
-clean image, from which the flow's velocity follows: with large patches the clean image lies on a thin manifold that a
-narrow network can reach, while noise does not (after Li and He, "Back to Basics", 2025).
+modulate every block through one shared projection and a table a block (adaptive norm, PixArt's way). The network
+predicts the clean image, from which the flow's velocity follows: with large patches the clean image lies on a thin
+manifold that a narrow network can reach, while noise does not (after Li and He, "Back to Basics", 2025).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class FlowTransformer(ModelMixin, ConfigMixin):
         self.modulation_out = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, 3 * patch * patch)
         for layer in (self.modulation[1], self.modulation_out, self.patch_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, noisy: Tensor, time: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The clean image (B, 3, H, W) in [-1, 1] as far as it can be told.

@@ -26,7 +26,10 @@ def test_a_grid_makes_every_combination_as_valid_run_configurations(tmp_path: Pa
     path = write(tmp_path, parameters={"loop.rounds": {"grid": [0, 2]}, "preference.beta": {"grid": [0.1, 0.3]}})
     sweep = load_sweep(path)
     assert [(t.config.loop.rounds, t.config.preference.beta) for t in sweep.trials] == [
-        (0, 0.1), (0, 0.3), (2, 0.1), (2, 0.3),
+        (0, 0.1),
+        (0, 0.3),
+        (2, 0.1),
+        (2, 0.3),
     ]
     assert [t.number for t in sweep.trials] == [0, 1, 2, 3]
     assert len({t.config.name for t in sweep.trials}) == 4
