@@ -21,8 +21,6 @@ app = typer.Typer(
 )
 renderer_app = typer.Typer(help="Train text-to-image renderers.", no_args_is_help=True)
 app.add_typer(renderer_app, name="renderer")
-bench_app = typer.Typer(help="Measure what the documentation claims.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
 
 console = Console()
 errors = Console(stderr=True)
@@ -205,6 +203,18 @@ def export(
 
 def _say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@renderer_app.command("train")
+def train_renderer(config: ConfigFile, override: Override = None) -> None:
+    """Trains the built-in text-to-image network from scratch. The same command goes on after an interruption."""
+    from kka_ray.cluster.renderer import train_renderer as launch
+    from kka_ray.config.models import ClusterConfig
+    from kka_ray.config.renderer import RendererConfig
+
+    resolved = load(config, RendererConfig, override or ())
+    pipeline = launch(resolved, ClusterConfig(), lambda text: console.print(text, highlight=False, soft_wrap=True))
+    console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
 
 
 def _run(config: RunConfig, verbose: bool) -> None:

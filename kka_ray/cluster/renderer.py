@@ -1,0 +1,74 @@
+"""Training of the built-in renderer as a Ray Train job, data-parallel over its workers and resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kka_ray.cluster import train
+from kka_ray.cluster.session import session
+from kka_ray.config.models import BackboneConfig, ClusterConfig
+from kka_ray.config.renderer import RendererConfig
+from kka_ray.errors import StageError
+
+_LOG = "training.jsonl"
+
+
+def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable[[str], None]) -> Path:
+    """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
+
+    Checkpoints and a line of `training.jsonl` every 50 steps lie in OUTPUT/NAME; the same command goes on from the last
+    checkpoint and repeats an uninterrupted training.
+    """
+    folder = (Path(config.output) / config.name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
+    with session(cluster):
+        train.run("renderer", renderer_worker, {"config": config, "folder": str(folder)}, 1, cluster)
+    pipeline = folder / "pipeline"
+    if not (pipeline / "model_index.json").is_file():
+        raise StageError(f"the training ended without a pipeline in {pipeline}")
+    return pipeline
+
+
+def renderer_worker(arguments: dict[str, Any]) -> None:
+    """The worker: draws or reads the sources, trains, and writes the pipeline with its model card and reference."""
+    import torch
+
+    from kka_ray.features.backbone import Backbone
+    from kka_ray.features.text import TextEncoder
+    from kka_ray.render.domain import save_reference
+    from kka_ray.render.export import export_pipeline
+    from kka_ray.render.sources import read_sources
+    from kka_ray.render.training import Settings, Trainer, TrainingData
+    from kka_ray.render.training import train as train_network
+    from kka_ray.render.transformer import FlowTransformer
+
+    config, folder = arguments["config"], Path(arguments["folder"])
+    torch.set_num_threads(config.threads)
+    images, captions = read_sources(config)
+    data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
+    torch.manual_seed(config.training.seed)
+    network = FlowTransformer(**config.network.model_dump())
+    trainer = Trainer(network, Settings(**config.training.model_dump()))
+
+    def report(row: dict[str, float]) -> None:
+        with (folder / _LOG).open("a") as log:
+            log.write(json.dumps(row) + "\n")
+
+    average = train_network(trainer, data, folder / "checkpoint", report)
+    target = export_pipeline(average, folder / "pipeline", _card(config, sum(p.numel() for p in network.parameters())))
+    backbone = Backbone.load(BackboneConfig())
+    save_reference(target, backbone.extract(list(images[:256]), False).pooled, backbone.identity)
+
+
+def _card(config: RendererConfig, parameters: int) -> str:
+    network, training = config.network, config.training
+    return (
+        f"# {config.name}\n\nA text-to-image diffusion transformer of {parameters / 1e6:.1f} M parameters, "
+        f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from scratch by flow "
+        f"matching.\n\n{config.card}\nTrained for {training.steps} steps of {training.batch} images by "
+        f"`kka renderer train configs/renderer/{config.name}.yaml`.\n"
+    )

@@ -1,0 +1,67 @@
+"""How a built-in renderer is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kka_ray.config.models import Strict
+
+
+class FlowersSource(Strict):
+    """Procedurally drawn flowers of the demo domain, none with a held-out combination of attributes."""
+
+    kind: Literal["flowers"]
+    count: int = Field(40_000, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class ParquetSource(Strict):
+    """Train rows of a Parquet set, with its captions or with captions made from the class names."""
+
+    kind: Literal["parquet"]
+    path: str
+    exclude_superclasses: tuple[str, ...] = Field((), description="whole superclasses that are never shown")
+
+
+Source = Annotated[FlowersSource | ParquetSource, Field(discriminator="kind")]
+
+
+class NetworkConfig(Strict):
+    """Size of the network; see `kka_ray.render.transformer.FlowTransformer`."""
+
+    image_size: int = Field(64, ge=8, description="pixels; images are resized to this square")
+    patch: int = Field(8, ge=1)
+    width: int = Field(256, ge=16)
+    depth: int = Field(6, ge=1)
+    heads: int = Field(4, ge=1)
+    max_text_tokens: int = Field(32, ge=4)
+    word_slots: int = Field(8, ge=1)
+
+
+class TrainingConfig(Strict):
+    """AdamW with a warm-up and a linear final decay; an average of the weights is what is kept."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(128, ge=1)
+    learning_rate: float = Field(8e-4, gt=0)
+    warmup: int = Field(100, ge=0)
+    decay_from: float = Field(0.7, gt=0, le=1)
+    drop_text: float = Field(0.1, ge=0, lt=1)
+    ema: float = Field(0.998, gt=0, lt=1)
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(200, ge=1)
+
+
+class RendererConfig(Strict):
+    """A training of the built-in text-to-image network."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = Field("renderers", description="folder of the trainings; this one's is OUTPUT/NAME")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    network: NetworkConfig = NetworkConfig()
+    training: TrainingConfig
+    card: str = Field("", description="what the model card says of the data, its terms and what cannot be drawn")
+    threads: int = Field(2, ge=1, description="threads of the training process")
+    processes: int = Field(2, ge=1, description="processes that draw procedural images")
