@@ -75,7 +75,7 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
     if summary.get("truth"):
         truth = summary["truth"]
         console.print(
-            f"true attributes: Spearman {truth['spearman']:+.2f} of hardness with distance, "
+            f"true attributes: Spearman {_signed(truth['spearman'])} of hardness with distance, "
             f"{truth['kept_normal_share']:.1%} of the kept images truly normal",
             highlight=False,
         )
@@ -85,6 +85,10 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.2f}"
 
 
 def _rounds(summary: dict[str, Any]) -> Table:

@@ -34,10 +34,17 @@ def measure(result: LoopResult) -> dict[str, Any]:
     for verdict in result.audit.verdicts:
         by_label.setdefault(verdict.label, []).append(distance[verdict.id])
     return {
-        "spearman": float(spearmanr([hardness[i] for i in ids], [distance[i] for i in ids]).statistic),
+        "spearman": _finite(spearmanr([hardness[i] for i in ids], [distance[i] for i in ids]).statistic),
         "kept_normal_share": sum(d == 0 for d in kept) / len(kept) if kept else 0.0,
         "kept_mean_distance": float(np.mean(kept)) if kept else 0.0,
-        "distance_by_round": [float(np.mean([distance[i] for i in r.drawn.ids])) for r in result.rounds],
+        "distance_by_round": [
+            float(np.mean([distance[i] for i in r.drawn.ids])) if r.drawn.ids else None for r in result.rounds
+        ],
         "distance_by_label": {label: float(np.mean(v)) for label, v in sorted(by_label.items())},
         "normal_share_by_label": {label: sum(d == 0 for d in v) / len(v) for label, v in sorted(by_label.items())},
     }
+
+
+def _finite(value: float) -> float | None:
+    """None where a correlation is not defined, as with constant values."""
+    return float(value) if np.isfinite(value) else None

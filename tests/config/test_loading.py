@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kka_ray.config import RunConfig, config_hash, dump, load, merge
+from kka_ray.config.renderer import RendererConfig
+from kka_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GIVEN = {
+    "cifar100_furniture": ["data.path=x"],
+    "oxford102": ["data.path=x"],
+    "ucm_captions": ["data.path=x"],
+    "folder": ["data.path=x", "data.description=a screw"],
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_run_loads_and_is_written_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load(file, RunConfig, GIVEN.get(file.stem, []))
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml", RunConfig) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "renderer").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_renderer_loads(file: Path) -> None:
+    assert load(file, RendererConfig).name == file.stem
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\nloop: {ronds: 2}\n")
+    with pytest.raises(ConfigError, match="loop.ronds: unknown key; did you mean 'rounds'"):
+        load(tmp_path / "run.yaml", RunConfig)
+
+
+def test_overrides_are_yaml_and_reach_into_sections(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\n")
+    config = load(tmp_path / "run.yaml", RunConfig, ["loop.rounds=0", "describe.guard.normal_vocabulary=true"])
+    assert config.loop.rounds == 0
+    assert config.describe.guard.normal_vocabulary is True
+
+
+@pytest.mark.parametrize("override", ["loop.rounds", "=3", "name.first=x"])
+def test_bad_overrides_are_refused(tmp_path: Path, override: str) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\n")
+    with pytest.raises(ConfigError, match="override"):
+        load(tmp_path / "run.yaml", RunConfig, [override])
+
+
+def test_extends_merges_key_by_key_and_refuses_circles(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\ndata: {kind: flowers, normals: 50}\nloop: {rounds: 3}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\nname: run\nloop: {lines: 8}\n")
+    config = load(tmp_path / "run.yaml", RunConfig)
+    assert (config.name, config.loop.rounds, config.loop.lines, config.data.normals) == ("run", 3, 8, 50)
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load(tmp_path / "circle.yaml", RunConfig)
+
+
+def test_another_kind_replaces_the_whole_section() -> None:
+    merged = merge({"data": {"kind": "flowers", "normals": 5}}, {"data": {"kind": "folder", "path": "x"}})
+    assert merged["data"] == {"kind": "folder", "path": "x"}
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "name: ../x\ndata: {kind: flowers}\n", "name: x\n"])
+def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="run.yaml"):
+        load(tmp_path / "run.yaml", RunConfig)
+
+
+def test_hash_names_the_content(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\n")
+    one, two = load(tmp_path / "run.yaml", RunConfig), load(tmp_path / "run.yaml", RunConfig, ["seed=1"])
+    assert config_hash(one) == config_hash(load(tmp_path / "run.yaml", RunConfig)) != config_hash(two)
+
+
+def test_importing_the_configuration_loads_nothing_heavy() -> None:
+    code = "import sys, kka_ray.config; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from kka_ray import assets
+from kka_ray.config.models import GuardConfig
+from kka_ray.data.cifar100 import SUPERCLASSES, SYNONYMS
+from kka_ray.describe.guard import Guard, clean, form_reason, subject
+from kka_ray.features.text import TextEncoder
+
+LINES = Path(__file__).parent / "furniture_lines.tsv"
+TERMS = (*SUPERCLASSES["household_furniture"], *SYNONYMS["household_furniture"])
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    if not assets.is_present("builtin:minilm-l6-v2"):
+        pytest.skip("the built-in models are missing: run `kka setup`")
+    return TextEncoder()
+
+
+def labelled() -> list[tuple[str, str]]:
+    rows = [line.split("\t") for line in LINES.read_text().splitlines()]
+    return [(label, text) for label, text in rows]
+
+
+def test_refuses_the_normal_class_and_little_else(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(), TERMS, (), encoder)
+    rows = labelled()
+    assert len(rows) >= 200
+    normal = [guard.is_normal_class(text) for label, text in rows if label == "normal"]
+    other = [guard.is_normal_class(text) for label, text in rows if label == "other"]
+    assert sum(normal) / len(normal) >= 0.9
+    assert sum(other) / len(other) <= 0.05
+
+
+def test_vocabulary_rule_wants_something_new(encoder: TextEncoder) -> None:
+    captions = ["five rounded pink petals and a yellow center", "a white flower with six petals"]
+    guard = Guard(GuardConfig(normal_vocabulary=True), (), captions, encoder)
+    assert guard.is_normal_class("a pink flower with five petals")
+    assert not guard.is_normal_class("a blue flower with five petals")
+    assert not guard.is_normal_class("a pink flower with seven petals")
+
+
+def test_copies_are_refused_in_order(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(), (), (), encoder)
+    lines = [" a small red fox in the snow\n", " A small red fox in the snow.\n", " a rocket on its launch pad\n"]
+    assert [reason for _, reason in guard.judge(lines)] == ["", "duplicate", ""]
+    assert [reason for _, reason in guard.judge(lines[2:])] == ["duplicate"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("\n", "empty"),
+        (" a fox\n", "too_short"),
+        (" a fox that was cut off by the limit", "too_long"),
+        (" " + "word " * 50 + "\n", "too_long"),
+        (" 1234 5678 9012 3456\n", "malformed"),
+        (" see http://example.org for more\n", "malformed"),
+        (" the red one is the red one is the red one is it\n", "malformed"),
+        (" a red fox in the snow\n", ""),
+    ],
+)
+def test_form(raw: str, reason: str) -> None:
+    assert form_reason(raw, clean(raw), GuardConfig()) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a photo of a wooden chair", ["wooden", "chair"]),
+        ("a table lamp on a desk", ["table", "lamp"]),
+        ("a pair of old shoes", ["old", "shoe"]),
+        ("there are three birds sitting on a couch", ["three", "bird"]),
+    ],
+)
+def test_subject(text: str, words: list[str]) -> None:
+    assert subject(text) == words
+
+
+def test_clean_takes_the_first_line_without_marks() -> None:
+    assert clean(' - "a red fox."\nanother') == "a red fox"

@@ -1,0 +1,104 @@
+import json
+import resource
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from kka_ray.errors import ResourceError, StoreError
+from kka_ray.store import Attempt, Store, stage_key
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store") if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_made_once_then_found(store: Store) -> None:
+    calls = []
+
+    def make(attempt: Attempt) -> None:
+        calls.append(1)
+        attempt.table(pa.table({"x": [1, 2]}))
+        attempt.json({"a": 1.5}, "value")
+        attempt.write("folder/raw.bin", b"abc")
+
+    first = store.get_or_make("stage", 1, {"seed": 0}, make)
+    again = store.get_or_make("stage", 1, {"seed": 0}, make)
+    assert calls == [1]
+    assert again.table()["x"].to_pylist() == [1, 2]
+    assert again.json("value") == {"a": 1.5}
+    assert (again.local / "folder" / "raw.bin").read_bytes() == b"abc"
+    assert [o.key for o in store.outputs()] == [first.key]
+
+
+def test_every_input_changes_the_key() -> None:
+    keys = {
+        stage_key("a", 1, {"x": 1}),
+        stage_key("b", 1, {"x": 1}),
+        stage_key("a", 2, {"x": 1}),
+        stage_key("a", 1, {"x": 2}),
+    }
+    assert len(keys) == 4
+    assert stage_key("a", 1, {"x": 1, "y": 2}) == stage_key("a", 1, {"y": 2, "x": 1})
+
+
+def test_a_failure_leaves_nothing_behind(store: Store) -> None:
+    def fail(attempt: Attempt) -> None:
+        attempt.json([1], "part")
+        raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        store.get_or_make("stage", 1, {}, fail)
+    assert list(store.outputs()) == []
+    assert store.get_or_make("stage", 1, {}, lambda a: a.json([2], "part")).json("part") == [2]
+
+
+def test_files_without_a_marker_do_not_exist(store: Store) -> None:
+    key = stage_key("stage", 1, {})
+    Attempt(store, "stage", key).json([1], "part")
+    assert store.find("stage", key) is None
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    output = store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"content"))
+    (tmp_path / "stage" / output.key / output.marker["attempt"] / "file").write_bytes(b"CONTENT")
+    with pytest.raises(StoreError, match="damaged"):
+        output.read("file")
+
+
+def test_a_cut_marker_counts_as_none(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    output = store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"content"))
+    marker = tmp_path / "stage" / output.key / "committed.json"
+    marker.write_text(marker.read_text()[:20])
+    assert store.find("stage", output.key) is None
+
+
+def test_a_full_disk_is_said_and_leaves_no_output(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ResourceError, match="cannot write"):
+            store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"x" * 100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(store.outputs()) == []
+
+
+def test_nan_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.get_or_make("stage", 1, {}, lambda a: a.json(float("nan"), "value"))
+
+
+def test_the_marker_tells_what_it_was_made_of(tmp_path: Path) -> None:
+    output = Store(str(tmp_path)).get_or_make("stage", 1, {"seed": 7}, lambda a: a.json([], "x"))
+    marker = json.loads((tmp_path / "stage" / output.key / "committed.json").read_text())
+    assert marker["inputs"] == {"seed": 7}
+    assert output.seconds >= 0
