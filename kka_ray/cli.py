@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -228,6 +229,9 @@ def _run(config: RunConfig, verbose: bool) -> None:
 
 def main() -> None:
     """The entry point. Exit status 2 for what a user can mend."""
+    # The libraries' notes on how they load a model are not for a user of ours; set before they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=True)
     except KkaError as error:

@@ -74,7 +74,7 @@ def run(
     summary = summarise(config, prepared, result, evaluation, loop.budget)
     _write_records(folder / "records", prepared, result, evaluation, config, store)
     headline_detector(config, store, prepared, evaluation).save(folder / "detector")
-    _write_json(folder / "references.json", _references(result, evaluation))
+    _write_json(folder / "references.json", sorted(store.used))
     summary["wall_seconds"] = round(time.perf_counter() - started, 1)
     _write_json(folder / "summary.json", summary)
 
@@ -217,13 +217,6 @@ def _write_records(
             }
         ),
     )
-
-
-def _references(result: LoopResult, evaluation: Evaluation) -> list[list[str]]:
-    named = [[stage, key] for stage, key in result.outputs]
-    named += [["fit", key] for key in evaluation.fits.values()]
-    named += [["features", arm.features] for arm in evaluation.arms if arm.features]
-    return sorted(named)
 
 
 def absolute(config: RunConfig) -> RunConfig:

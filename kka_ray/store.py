@@ -140,6 +140,8 @@ class Store:
     def __init__(self, uri: str, leases: Callable[[str, str], AbstractContextManager[None]] | None = None) -> None:
         """`leases(stage, key)` waits until nobody else makes that output (`kka_ray.cluster.leases`)."""
         self.uri = uri
+        self.used: set[tuple[str, str]] = set()
+        """(stage, key) of every output that was found or committed: what a run refers to."""
         self._leases = leases
         try:
             self.filesystem, root = fsspec.core.url_to_fs(uri)
@@ -172,6 +174,7 @@ class Store:
             return None
         except json.JSONDecodeError:
             return None  # a marker cut short by a full disk: its output was never committed
+        self.used.add((stage, key))
         return Output(self, stage, key, marker)
 
     def commit(self, attempt: Attempt, inputs: Mapping[str, Any]) -> Output:
@@ -191,6 +194,7 @@ class Store:
             Path(temporary).replace(path)
         else:
             self.put(path, content)
+        self.used.add((attempt.stage, attempt.key))
         return Output(self, attempt.stage, attempt.key, marker)
 
     def get_or_make(

@@ -260,6 +260,12 @@ class PreferenceConfig(Strict):
     load_in_4bit: bool = Field(False, description="quantised base model; needs CUDA and bitsandbytes")
     workers: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _learns(self) -> PreferenceConfig:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
+        return self
+
 
 # --- loop ---------------------------------------------------------------------------------------------------------
 
