@@ -93,20 +93,20 @@ class Streamer:
         descriptions: list[Description] = []
         drawn = Drawn()
         rendered: dict[int, str] = {}
-        next_chunk, render_chunks, to_draw = 0, 0, 0
+        sizes: list[int] = []
+        next_chunk = 0
         for pool, i, key in drain([self._samplers, self._renderers]):
             if pool is self._renderers:
                 rendered[i] = key
-                progress("render", number, sum(self._rows(k) for k in rendered.values()), to_draw)
+                progress("render", number, sum(sizes[k] for k in rendered), sum(sizes))
                 continue
             written[i] = key
             # The guard remembers the lines before, so chunks pass it in their order, whatever came first.
             while next_chunk in written:
                 accepted = self._read_chunk(written[next_chunk], number, descriptions, drawn)
                 for task in self._render_tasks(accepted, number):
-                    self._renderers.submit(render_chunks, task)
-                    render_chunks += 1
-                    to_draw += len(task.rows)
+                    self._renderers.submit(len(sizes), task)
+                    sizes.append(len(task.rows))
                 next_chunk += 1
             progress("describe", number, len(descriptions), self.config.loop.lines)
         self._collect(rendered, drawn)
@@ -186,10 +186,6 @@ class Streamer:
             "versions": versions.computing(),
         }
         return RenderTask(tuple(seeded), number, normals, inputs)
-
-    def _rows(self, key: str) -> int:
-        output = self.store.find("render", key)
-        return output.table().num_rows if output else 0
 
     def _collect(self, rendered: dict[int, str], drawn: Drawn) -> None:
         parts = []
