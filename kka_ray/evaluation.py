@@ -18,6 +18,7 @@ from kka_ray.detectors import build, sources
 from kka_ray.detectors.tuned import VERSION as FIT_VERSION
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
+from kka_ray.features import views
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
 from kka_ray.loop import LoopResult
@@ -29,11 +30,12 @@ BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
 
 @dataclass(frozen=True)
 class Arm:
-    """An anomaly set to train with: its name, how many images it has, and the key of their features."""
+    """An anomaly set to train with: its name, its size, and the keys of the features of its images and their views."""
 
     name: str
     count: int
     features: str | None
+    views: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def metrics(scores: np.ndarray, anomalous: np.ndarray) -> dict[str, float]:
 def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> Evaluation:
     """Fits every detector with every arm, then, at the very end, scores the test images."""
     arms = _arms(config, store, prepared, loop)
-    fits = _fit_all(config, store, prepared, arms)
+    fits = _fit_all(config, store, prepared, loop, arms)
     test = test_set(config, prepared.data, store)
     if test is None:
         return Evaluation([], fits, arms, 0, 0)
@@ -108,8 +110,8 @@ def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResu
     return Evaluation(rows, fits, arms, int((~test.anomalous).sum()), int(test.anomalous.sum()))
 
 
-def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> dict[str, TunedDetector]:
-    """The headline detector alone, fitted with the loop's last kept set: one a seed, by its key in stage `fit`.
+def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> list[TunedDetector]:
+    """The headline detector alone, fitted with the loop's last kept set: one a seed.
 
     Opens no test file. Without kept images it is fitted to normals alone. Raises StageError if the detector cannot do
     that.
@@ -117,14 +119,16 @@ def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: Loop
     headline = tuple(d for d in config.detect.detectors if d.kind == config.detect.headline)
     alone = config.model_copy(update={"detect": config.detect.model_copy(update={"detectors": headline})})
     ids = [k.id for k in loop.rounds[-1].kept]
-    arm = Arm(KKA, len(ids), _put(store, prepared, loop.features(ids), KKA, ids)) if ids else Arm(BASELINE, 0, None)
-    keys = _fit_all(alone, store, prepared, [arm]).values()
+    arm = (
+        _arm(config, store, prepared, KKA, ids, loop.images(ids), loop.features(ids)) if ids else Arm(BASELINE, 0, None)
+    )
+    keys = _fit_all(alone, store, prepared, loop, [arm]).values()
     if not keys:
         raise StageError(
             f"the loop kept no image and the detector {config.detect.headline} needs anomalies; raise loop.lines, or "
             "confusion.upper for a wider hard band"
         )
-    return {k: TunedDetector.load(_fit_output(store, k).local / "detector", prepared.backbone) for k in keys}
+    return [TunedDetector.load(_fit_output(store, k).local / "detector", prepared.backbone) for k in keys]
 
 
 def headline_detector(config: RunConfig, store: Store, prepared: Prepared, evaluation: Evaluation) -> TunedDetector:
@@ -140,15 +144,42 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
     arms = [Arm(BASELINE, 0, None)]
     for name, ids in ((ZEROTH, zeroth), (KKA, kept)):
         if ids:
-            arms.append(Arm(name, len(ids), _put(store, prepared, loop.features(ids), name, ids)))
-    count = len(kept)
-    for kind in config.detect.controls if count else ():
+            arms.append(_arm(config, store, prepared, name, ids, loop.images(ids), loop.features(ids)))
+    for kind in config.detect.controls if kept else ():
         if kind == "drawn_normals":
-            continue  # drawn by the loop where the renderer is asked for them
-        images = sources.make(kind, prepared.normals.train.images, count, config.seed)
-        features = extract_images(store, prepared.backbone, images, prepared.patches)
-        arms.append(Arm(kind, count, _put(store, prepared, features, kind, [str(i) for i in range(count)])))
+            ids = loop.normals.ids[: len(kept)]
+            images, features = loop.normals.images[: len(ids)], loop.normals.features.take(range(len(ids)))
+        else:
+            ids = [str(i) for i in range(len(kept))]
+            images = sources.make(kind, prepared.normals.train.images, len(kept), config.seed)
+            features = extract_images(store, prepared.backbone, images, prepared.patches)
+        if ids:
+            arms.append(_arm(config, store, prepared, kind, ids, images, features))
     return arms
+
+
+def _arm(
+    config: RunConfig,
+    store: Store,
+    prepared: Prepared,
+    name: str,
+    ids: list[str],
+    images: Sequence[np.ndarray],
+    features: Features,
+) -> Arm:
+    key = _put(store, prepared, features, name, ids)
+    return Arm(name, len(ids), key, _put_views(config, store, prepared, name, images, config.detect.views))
+
+
+def _put_views(
+    config: RunConfig, store: Store, prepared: Prepared, name: str, images: Sequence[np.ndarray], count: int
+) -> str | None:
+    """Stores the features of `count` views of each image; None for none."""
+    if count == 0:
+        return None
+    made = views.views(images, count, config.seed)
+    features = extract_images(store, prepared.backbone, made, prepared.patches)
+    return _put(store, prepared, features, f"{name}-views", [str(i) for i in range(len(made))])
 
 
 def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: list[str]) -> str:
@@ -169,8 +200,29 @@ def _wanted(detector: Detector, arm: Arm) -> bool:
     return arm.name != BASELINE or not build(detector).needs_anomalies
 
 
-def _fit_all(config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm]) -> dict[tuple[str, str, int], str]:
-    train_key = _put(store, prepared, prepared.train, "train", list(prepared.normals.train.ids))
+def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:
+    """Keys of the features of the training normals, for arms with real and for arms with drawn anomalies."""
+    ids = list(prepared.normals.train.ids)
+    real = _put(store, prepared, prepared.train, "train", ids)
+    if not (config.detect.drawn_normals and loop.normals.ids):
+        return real, real
+    both = Features.join([prepared.train, loop.normals.features])
+    return real, _put(store, prepared, both, "train", ids + loop.normals.ids)
+
+
+def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies: int) -> str | None:
+    """As many views of normals as the largest anomaly set has, spread over the training normals."""
+    images, wanted = prepared.normals.train.images, config.detect.views * anomalies
+    rounds = -(-wanted // len(images)) if wanted else 0
+    picked = [images[i] for i in np.linspace(0, len(images) - 1, min(wanted, len(images))).astype(int)]
+    return _put_views(config, store, prepared, "train", picked, rounds)
+
+
+def _fit_all(
+    config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, arms: list[Arm]
+) -> dict[tuple[str, str, int], str]:
+    real_key, drawn_key = _train_keys(config, store, prepared, loop)
+    normal_views = _normal_views(config, store, prepared, max(arm.count for arm in arms))
     validation_key = _put(store, prepared, prepared.validation, "validation", list(prepared.normals.validation.ids))
     fits: dict[tuple[str, str, int], str] = {}
     missing: list[dict[str, Any]] = []
@@ -178,12 +230,14 @@ def _fit_all(config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm
         for arm in arms:
             if not _wanted(detector, arm):
                 continue
+            train_key = drawn_key if arm.name in (ZEROTH, KKA) else real_key
             for seed in range(config.detect.seeds):
                 inputs = {
                     "detector": detector.model_dump(mode="json"),
                     "train": train_key,
                     "validation": validation_key,
                     "anomalies": arm.features,
+                    "views": [normal_views, arm.views] if arm.views else None,
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,
                     "threads": config.cluster.train_threads,
@@ -193,14 +247,20 @@ def _fit_all(config: RunConfig, store: Store, prepared: Prepared, arms: list[Arm
                 fits[detector.kind, arm.name, seed] = key
                 if store.find("fit", key) is None:
                     missing.append(
-                        {"detector": detector, "anomalies": arm.features, "seed": inputs["seed"], "inputs": inputs}
+                        {
+                            "detector": detector,
+                            "train": train_key,
+                            "anomalies": arm.features,
+                            "views": inputs["views"],
+                            "seed": inputs["seed"],
+                            "inputs": inputs,
+                        }
                     )
     if missing:
         arguments = {
             "store": store.uri,
             "backbone": config.backbone,
             "patches": prepared.patches,
-            "train": train_key,
             "validation": validation_key,
             "false_positive_rate": config.detect.false_positive_rate,
             "fits": missing,

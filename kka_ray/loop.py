@@ -69,8 +69,8 @@ class LoopResult:
     """The last verdict on each drawn image, by id."""
     adapter: str | None = None
     """Key of the last adapter in stage `dpo`."""
-    outputs: list[tuple[str, str]] = field(default_factory=list)
-    """(stage, key) of everything in the store that this run refers to."""
+    normals: Drawn = field(default_factory=Drawn)
+    """Normal captions that were drawn: the control of artefacts."""
 
     def features(self, ids: list[str]) -> Features:
         """Features of drawn images by id, in that order."""
@@ -110,6 +110,7 @@ class Loop:
         config = self.config
         result = LoopResult(self._prompts())
         status, training = "ok", None
+        self.streamer.submit_normals()
         for number in range(config.loop.rounds + 1):
             started = time.perf_counter()
             if number:
@@ -172,7 +173,7 @@ class Loop:
     def _describe_and_render(self, result: LoopResult, number: int) -> tuple[list[Description], Drawn]:
         seed = self.config.seed * 1000 + number
         descriptions, drawn = self.streamer.run(result.prompts, number, seed, result.adapter, self.progress)
-        result.outputs += drawn.outputs
+        result.normals = self.streamer.normals
         return descriptions, drawn
 
     def _drift(self, result: LoopResult, number: int, raw: list[tuple[str, str]]) -> dict[str, float]:
@@ -194,7 +195,7 @@ class Loop:
                 "drift",
             )
 
-        return dict(self.store.get_or_make("drift", 1, key_inputs, make).json("drift"))
+        return dict(self.store.get_or_make("drift", drift.VERSION, key_inputs, make).json("drift"))
 
     def _judge(self, result: LoopResult, drawn: Drawn, descriptions: list[Description]) -> judging.JudgeResult:
         """Cross-fitted verdicts on all images drawn so far."""
@@ -218,13 +219,18 @@ class Loop:
         images = [image for d in drawn for image in d.images]
         parts = [d.features for d in drawn if len(d.ids)]
         features = Features.join(parts) if parts else prepared.train.take([])
+        train = judging.rows(config.confusion, prepared.train, prepared.normals.train.images)
+        validation = judging.rows(config.confusion, prepared.validation, prepared.normals.validation.images)
+        if config.confusion.drawn_normals and len(result.normals.ids) >= 4:
+            own = judging.rows(config.confusion, result.normals.features, result.normals.images)
+            train, validation = judging.with_drawn_normals(train, validation, own)
         return function(
             ids,
             rounds,
             judging.rows(config.confusion, features, images),
             [text_of[id_] for id_ in ids],
-            judging.rows(config.confusion, prepared.train, prepared.normals.train.images),
-            judging.rows(config.confusion, prepared.validation, prepared.normals.validation.images),
+            train,
+            validation,
             config.confusion,
             config.seed,
         )
@@ -253,7 +259,6 @@ class Loop:
         if len(built) < config.min_pairs:
             return result.adapter, f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}", None
         output = self._train(built, result.adapter, number)
-        result.outputs.append(("dpo", output.key))
         self.progress("prefer", number, 1, 1)
         return output.key, "ok", output.json("result")
 

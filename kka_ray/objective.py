@@ -18,7 +18,7 @@ normals set the hard band and a detector's scale. Hence the champion's figure is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,8 +94,8 @@ def reference_of(result: LoopResult) -> Reference:
 
 def validation_auc(
     config: RunConfig, store: Store, prepared: Prepared, result: LoopResult, reference: Reference
-) -> tuple[list[float], list[str]]:
-    """AUC of the headline detector, one a seed, and the detectors' keys in stage `fit`.
+) -> list[float]:
+    """AUC of the headline detector, one a seed.
 
     The detector is fitted with the training normals and the loop's last kept set. Raises StageError if that set holds
     an image of the reference.
@@ -109,14 +109,14 @@ def validation_auc(
         )
     detectors = fit_headline(config, store, prepared, result)
     anomalies = extract_images(store, prepared.backbone, reference.images, prepared.patches)
-    return aucs(detectors, prepared.validation, anomalies), list(detectors)
+    return aucs(detectors, prepared.validation, anomalies)
 
 
-def aucs(detectors: Mapping[str, TunedDetector], normals: Features, anomalies: Features) -> list[float]:
+def aucs(detectors: Sequence[TunedDetector], normals: Features, anomalies: Features) -> list[float]:
     """AUC of each detector over normals and anomalies."""
     truth = np.r_[np.zeros(len(normals), bool), np.ones(len(anomalies), bool)]
     both = Features.join([normals, anomalies])
-    return [float(roc_auc_score(truth, d.score(both).score)) for d in detectors.values()]
+    return [float(roc_auc_score(truth, d.score(both).score)) for d in detectors]
 
 
 def _words(text: str) -> str:

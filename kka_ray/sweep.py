@@ -206,7 +206,6 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
     before = set(store.names())
     result: LoopResult | None = None
     aucs: list[float] = []
-    fits: list[str] = []
     error: str | None = None
     try:
         prepared = prepare(config, store)
@@ -215,10 +214,10 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
             result = loop.run()
         finally:
             loop.close()
-        aucs, fits = validation_auc(config, store, prepared, result, reference)
+        aucs = validation_auc(config, store, prepared, result, reference)
     except KkaError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    outputs = _outputs(result, fits)
+    outputs = sorted(store.used)
     made, found = count_outputs(outputs, before)
     return Outcome(
         trial.number,
@@ -352,11 +351,6 @@ def _reason(error: Exception | None) -> str:
         return "the trial ended without a result"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _outputs(result: LoopResult | None, fits: list[str]) -> list[tuple[str, str]]:
-    named = list(result.outputs) if result else []
-    return [*dict.fromkeys(named), *(("fit", key) for key in fits)]
 
 
 def _quiet(stage: str, round: int, done: int, total: int) -> None:

@@ -144,7 +144,7 @@ class ByFirstFeature:
 def test_the_objective_is_the_auc_of_validation_normals_and_the_reference() -> None:
     normals = Features(np.array([[0.0], [1.0], [2.0], [3.0]], np.float32))
     anomalies = Features(np.array([[2.5], [4.0]], np.float32))
-    assert aucs({"k": ByFirstFeature()}, normals, anomalies) == [7 / 8]  # type: ignore[dict-item]
+    assert aucs([ByFirstFeature()], normals, anomalies) == [7 / 8]  # type: ignore[list-item]
 
 
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="the backbone is not installed")
@@ -176,16 +176,16 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
     reference = reference_of(result)
     first.kept.extend(kept)
 
-    values_of_seeds, keys = validation_auc(config, store, prepared, result, reference)
+    values_of_seeds = validation_auc(config, store, prepared, result, reference)
     # Noise is easily told from flowers, by a head that saw other noise.
-    assert len(values_of_seeds) == len(keys) == 2
+    assert len(values_of_seeds) == 2
     assert min(values_of_seeds) > 0.9
     assert {f["detector"].kind for f in jobs[0]["fits"]} == {"fused"}
     (anomalies,) = {f["anomalies"] for f in jobs[0]["fits"]}
     output = store.find("features", anomalies)
     assert output is not None
     assert output.marker["inputs"]["set"] == [k.id for k in kept]
-    assert validation_auc(config, store, prepared, result, reference) == (values_of_seeds, keys)
+    assert validation_auc(config, store, prepared, result, reference) == values_of_seeds
     assert len(jobs) == 1, "the second time all fits are in the store"
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kka_ray.cluster import train
 from kka_ray.cluster.session import session
 from kka_ray.config.models import BackboneConfig, ClusterConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.errors import StageError
+
+if TYPE_CHECKING:
+    from kka_ray.render.training import TrainingData
 
 _LOG = "training.jsonl"
 
@@ -26,7 +29,7 @@ def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable
     folder.mkdir(parents=True, exist_ok=True)
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(cluster):
-        train.run("renderer", renderer_worker, {"config": config, "folder": str(folder)}, 1, cluster)
+        train.run("renderer", renderer_worker, {"config": config, "folder": str(folder)}, config.workers, cluster)
     pipeline = folder / "pipeline"
     if not (pipeline / "model_index.json").is_file():
         raise StageError(f"the training ended without a pipeline in {pipeline}")
@@ -34,34 +37,57 @@ def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable
 
 
 def renderer_worker(arguments: dict[str, Any]) -> None:
-    """The worker: draws or reads the sources, trains, and writes the pipeline with its model card and reference."""
+    """One worker: the first draws or reads the sources, all train, and the first writes the pipeline with its card."""
     import torch
 
     from kka_ray.features.backbone import Backbone
-    from kka_ray.features.text import TextEncoder
     from kka_ray.render.domain import save_reference
     from kka_ray.render.export import export_pipeline
-    from kka_ray.render.sources import read_sources
-    from kka_ray.render.training import Settings, Trainer, TrainingData
+    from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
     from kka_ray.render.transformer import FlowTransformer
 
     config, folder = arguments["config"], Path(arguments["folder"])
     torch.set_num_threads(config.threads)
-    images, captions = read_sources(config)
-    data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
+    rank, world = train.rank()
+    if rank == 0:
+        _data(config, folder)
+    if world > 1:
+        torch.distributed.barrier()
+    data = _data(config, folder)
     torch.manual_seed(config.training.seed)
     network = FlowTransformer(**config.network.model_dump())
-    trainer = Trainer(network, Settings(**config.training.model_dump()))
+    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world)
+    forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
     def report(row: dict[str, float]) -> None:
-        with (folder / _LOG).open("a") as log:
-            log.write(json.dumps(row) + "\n")
+        if rank == 0:
+            with (folder / _LOG).open("a") as log:
+                log.write(json.dumps(row) + "\n")
 
-    average = train_network(trainer, data, folder / "checkpoint", report)
-    target = export_pipeline(average, folder / "pipeline", _card(config, sum(p.numel() for p in network.parameters())))
-    backbone = Backbone.load(BackboneConfig())
-    save_reference(target, backbone.extract(list(images[:256]), False).pooled, backbone.identity)
+    average = train_network(trainer, data, folder / "checkpoint", report, forward)
+    if rank == 0:
+        card = _card(config, sum(p.numel() for p in network.parameters()))
+        target = export_pipeline(average, folder / "pipeline", card)
+        backbone = Backbone.load(BackboneConfig())
+        save_reference(target, backbone.extract(list(data.images[:256]), False).pooled, backbone.identity)
+
+
+def _data(config: RendererConfig, folder: Path) -> TrainingData:
+    """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training."""
+    from kka_ray.features.text import TextEncoder
+    from kka_ray.render.sources import read_sources
+    from kka_ray.render.training import TrainingData
+
+    made_of = config.model_dump(mode="json", include={"sources", "network", "training"})
+    identity = json.dumps([made_of["sources"], made_of["network"], made_of["training"]["seed"]], sort_keys=True)
+    found = TrainingData.load(folder / "data.safetensors", identity)
+    if found is not None:
+        return found
+    images, captions = read_sources(config)
+    data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
+    data.save(folder / "data.safetensors", identity)
+    return data
 
 
 def _card(config: RendererConfig, parameters: int) -> str:

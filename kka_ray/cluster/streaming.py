@@ -21,6 +21,9 @@ from kka_ray.prepare import Prepared, feature_inputs
 from kka_ray.records import Description, Prompt, Rendering, from_table
 from kka_ray.store import Store
 
+NORMALS_ROUND = -1
+"""What `Rendering.round` says of drawn normal captions, which belong to no round."""
+
 
 class _Progress(Protocol):
     def __call__(self, stage: str, round: int, done: int, total: int) -> None: ...
@@ -36,7 +39,6 @@ class Drawn:
     features: Features = field(default_factory=lambda: Features(np.zeros((0, 0), np.float32)))
     raw: list[tuple[str, str]] = field(default_factory=list)
     """(prompt id, raw line) of every line written."""
-    outputs: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that workers spent on the round's chunks, by stage, whenever that was."""
 
@@ -47,6 +49,9 @@ class Streamer:
     def __init__(self, config: RunConfig, store: Store, prepared: Prepared, guard: Guard) -> None:
         self.config, self.store, self.prepared, self.guard = config, store, prepared, guard
         cluster = config.cluster
+        self.normals = Drawn()
+        """The normal captions that were drawn, once a round has run after `submit_normals`."""
+        self._normal_keys: dict[int, str] = {}
         self.sampler_identity = assets.resolve(config.describe.sampler.model).identity
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
         self._samplers = Pool(
@@ -82,6 +87,14 @@ class Streamer:
         worker = self._samplers.actor()
         return ray.get(worker.log_probs.remote(prompts, completions, None))
 
+    def submit_normals(self) -> None:
+        """Hands captions of training normals to the renderers; `run` collects them with its round's images."""
+        train, config = self.prepared.normals.train, self.config
+        order = np.random.default_rng(config.seed).permutation(len(train))
+        rows = [(f"n{k:04d}", train.captions[i], "") for k, i in enumerate(order[: config.render.normals])]
+        for k, task in enumerate(self._render_tasks(rows, NORMALS_ROUND)):
+            self._renderers.submit(-1 - k, task)
+
     def run(
         self, prompts: list[Prompt], number: int, seed: int, adapter: str | None, progress: _Progress
     ) -> tuple[list[Description], Drawn]:
@@ -96,6 +109,9 @@ class Streamer:
         sizes: list[int] = []
         next_chunk = 0
         for pool, i, key in drain([self._samplers, self._renderers]):
+            if pool is self._renderers and i < 0:
+                self._normal_keys[-1 - i] = key
+                continue
             if pool is self._renderers:
                 rendered[i] = key
                 progress("render", number, sum(sizes[k] for k in rendered), sum(sizes))
@@ -110,7 +126,8 @@ class Streamer:
                 next_chunk += 1
             progress("describe", number, len(descriptions), self.config.loop.lines)
         self._collect(rendered, drawn)
-        drawn.outputs += [("sample", k) for k in written.values()] + [("render", k) for k in rendered.values()]
+        if not self.normals.renderings and self._normal_keys:
+            self._collect(self._normal_keys, self.normals)
         return descriptions, drawn
 
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
@@ -180,7 +197,7 @@ class Streamer:
             "rows": [list(row) for row in seeded],
             "normals": normal_ids,
             "model": self.renderer_identity,
-            "config": config.render.model_dump(mode="json", exclude={"chunk"}),
+            "config": config.render.model_dump(mode="json", exclude={"chunk", "normals"}),
             "threads": config.cluster.renderers.threads,
             "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
             "versions": versions.computing(),

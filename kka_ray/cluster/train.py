@@ -111,6 +111,7 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
 def fit_worker(arguments: dict[str, Any]) -> None:
     """One worker of a fitting job: of the fits it does every n-th, each committed as soon as it is done."""
     import time
+    from dataclasses import replace
 
     import torch
 
@@ -133,16 +134,21 @@ def fit_worker(arguments: dict[str, Any]) -> None:
             raise StageError(f"features/{key} is not in the store")
         return read_features(output, patches=arguments["patches"])
 
-    normals, validation = features(arguments["train"]), features(arguments["validation"])
+    validation = features(arguments["validation"])
+    normals = {key: features(key) for key in {fit["train"] for fit in arguments["fits"][number::workers]}}
     for fit in arguments["fits"][number::workers]:
 
         def make(attempt: Attempt, fit: dict[str, Any] = fit) -> None:
+            known, anomalies = normals[fit["train"]], features(fit["anomalies"])
+            if fit["views"]:
+                of_normals, of_anomalies = (features(key) for key in fit["views"])
+                known, anomalies = replace(known, views=of_normals), replace(anomalies, views=of_anomalies)
             started = time.perf_counter()
             tuned = TunedDetector.fit(
                 fit["detector"],
                 backbone,
-                normals,
-                features(fit["anomalies"]),
+                known,
+                anomalies,
                 validation,
                 seed=fit["seed"],
                 false_positive_rate=arguments["false_positive_rate"],

@@ -173,6 +173,9 @@ class RenderConfig(Strict):
     width: int | None = Field(None, ge=8, description="pixels; by default the pipeline's own")
     height: int | None = Field(None, ge=8)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    normals: int = Field(
+        128, ge=0, description="normal captions that are drawn as well, to tell what is anomalous from what is drawn"
+    )
     chunk: int = Field(32, ge=1, description="images that are drawn, stored and retried together")
     trust_remote_code: bool = False
 
@@ -224,6 +227,9 @@ class ConfusionConfig(Strict):
 
     evaluator: Evaluator = DeepSad()
     folds: int = Field(3, ge=2, description="cross-fitting: no image is judged by an evaluator that trained on it")
+    drawn_normals: bool = Field(
+        True, description="the drawn normal captions count as normals: half of them in training, half in validation"
+    )
     rule: Literal["band", "paper"] = Field(
         "band", description="paper: hard <= max of the normals + 0, easy = the worst"
     )
@@ -336,6 +342,10 @@ class DetectConfig(Strict):
     controls: tuple[Literal["noise", "cutpaste", "drawn_normals"], ...] = Field(
         ("noise", "cutpaste"), description="anomaly sets without a language model, of equal size, for comparison"
     )
+    drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
+    views: int = Field(
+        0, ge=0, description="augmented views of each anomaly, and as many of normals, to learn from; 0 for none"
+    )
     workers: int = Field(1, ge=1)
 
     @model_validator(mode="after")
@@ -404,3 +414,9 @@ class RunConfig(Strict):
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
     output: str = Field("runs", description="folder of the runs; this one's is OUTPUT/NAME")
+
+    @model_validator(mode="after")
+    def _drawn_normals_are_there(self) -> RunConfig:
+        if self.render.normals == 0 and (self.detect.drawn_normals or "drawn_normals" in self.detect.controls):
+            raise ValueError("detect asks for drawn normals, but render.normals is 0: set it to 64 or more")
+        return self

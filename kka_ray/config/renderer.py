@@ -41,11 +41,13 @@ class NetworkConfig(Strict):
 
 
 class TrainingConfig(Strict):
-    """AdamW with a warm-up and a linear final decay; an average of the weights is what is kept."""
+    """Muon for the blocks' matrices and AdamW for the rest, with a warm-up and a linear final decay; an average of the
+    weights is what is kept."""
 
     steps: int = Field(ge=1)
-    batch: int = Field(128, ge=1)
-    learning_rate: float = Field(8e-4, gt=0)
+    batch: int = Field(128, ge=1, description="images a step, over all workers")
+    learning_rate: float = Field(8e-4, gt=0, description="of AdamW")
+    matrix_rate: float = Field(0.02, gt=0, description="of Muon")
     warmup: int = Field(100, ge=0)
     decay_from: float = Field(0.7, gt=0, le=1)
     drop_text: float = Field(0.1, ge=0, lt=1)
@@ -63,5 +65,6 @@ class RendererConfig(Strict):
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig
     card: str = Field("", description="what the model card says of the data, its terms and what cannot be drawn")
-    threads: int = Field(2, ge=1, description="threads of the training process")
+    workers: int = Field(1, ge=1, description="training processes; they share each batch")
+    threads: int = Field(2, ge=1, description="threads of a training process")
     processes: int = Field(2, ge=1, description="processes that draw procedural images")

@@ -25,9 +25,6 @@ from kka_ray.errors import StageError
 from kka_ray.features.base import Features
 from kka_ray.records import Verdict
 
-VERSION = 1
-"""Part of the store's keys; raised when verdicts change."""
-
 
 @dataclass(frozen=True)
 class LatentMap:
@@ -100,6 +97,20 @@ def fold_of(id_: str, text: str, folds: int) -> int:
     """The fold of a drawn image: a hash of its description, case and spaces aside, or of its id if that is empty."""
     words = " ".join(text.lower().split())
     return int.from_bytes(hashlib.sha256((words or id_).encode()).digest()[:8], "big") % folds
+
+
+def with_drawn_normals(train: np.ndarray, validation: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation normals with drawn normals (at least 4 rows) among them; all are what `rows` makes.
+
+    An evaluator that knows photographs alone as normal learns "drawn" for "anomalous", and every image is easy. Every
+    other drawn normal joins the training normals, repeated up to a fifth of them, so that a few count; the others
+    join an equal number of real ones, spread over the validation normals, and together these set the scale and the
+    band.
+    """
+    learned, held_out = drawn[::2], drawn[1::2]
+    learned = np.concatenate([learned] * max(1, round(len(train) / 5 / len(learned))))
+    real = validation[np.linspace(0, len(validation) - 1, min(len(held_out), len(validation))).astype(int)]
+    return np.concatenate([train, learned]), np.concatenate([real, held_out])
 
 
 def judge(

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+VERSION = 1
+"""Part of the store's keys."""
+
 
 def diversity(embeddings: np.ndarray) -> float:
     """Mean pairwise cosine distance of L2-normalised sentence embeddings (N, D); 0 for fewer than two lines."""

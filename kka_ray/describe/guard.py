@@ -20,8 +20,6 @@ import numpy as np
 from kka_ray.config.models import GuardConfig
 from kka_ray.features.text import TextEncoder
 
-VERSION = 1
-
 _LEADING = re.compile(r"^[\s\-*\u2022\d.):\"'`]+(?=[^\W\d])")
 _PICTURE = re.compile(
     r"^(?:an?|the|one|this is an?|there is an?|it is an?)?\s*(?:[\w-]+\s){0,2}"

@@ -24,7 +24,7 @@ from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 
-VERSION = 1
+VERSION = 2
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1

@@ -14,13 +14,34 @@ class Features:
 
     pooled: float32 (N, D), global average of the last feature map, L2-normalised.
     patches: float16 (N, h, w, C), the feature maps of the middle stages, brought to one grid; None if not asked for.
+    views: features of augmented views of the images, any number of them; None if there are none. They are for learning
+        from anomalies, and belong to the whole set: `take` and `join` leave them out.
     """
 
     pooled: np.ndarray
     patches: np.ndarray | None = None
+    views: Features | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
+
+    def with_views(self) -> Features:
+        """The images followed by their views."""
+        return self if self.views is None else Features.join([self, self.views])
+
+    def statistics(self) -> np.ndarray:
+        """Pooled features with mean, standard deviation and maximum over places of each patch channel, (N, D + 3 C).
+
+        What the last map has forgotten, such as fine shapes and patterns, the middle stages still tell. Without patches
+        the pooled features alone. float32.
+        """
+        if self.patches is None:
+            return self.pooled
+        parts = []
+        for start in range(0, len(self), 256):
+            grid = self.patches[start : start + 256].astype(np.float32)
+            parts.append(np.concatenate([grid.mean((1, 2)), grid.std((1, 2)), grid.max((1, 2))], axis=1))
+        return np.concatenate([self.pooled, *([np.concatenate(parts)] if parts else [])], axis=1)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Features:
         """The given rows, in that order."""

@@ -81,3 +81,11 @@ def test_importing_the_configuration_loads_nothing_heavy() -> None:
     code = "import sys, kka_ray.config; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_drawn_normals_that_are_asked_for_must_be_drawn() -> None:
+    for detect in ({"drawn_normals": True}, {"controls": ["drawn_normals"]}):
+        values = {"name": "x", "data": {"kind": "flowers"}, "detect": detect}
+        assert RunConfig.model_validate(values).render.normals > 0
+        with pytest.raises(ValidationError, match=r"render\.normals is 0"):
+            RunConfig.model_validate(values | {"render": {"normals": 0}})

@@ -165,3 +165,34 @@ def test_bad_input_is_refused() -> None:
         judge([ids[0], *ids[:3]], rounds, features, groups, TRAIN, VALIDATION, CONFIG, 0)
     with pytest.raises(StageError, match="validation normals"):
         judge(ids, rounds, features, groups, TRAIN, VALIDATION[:1], CONFIG, 0)
+
+
+def test_drawn_normals_count_in_training_and_set_the_scale_with_as_many_real_ones() -> None:
+    drawn_normals = cloud(41, 3, 7)
+    train, validation = judging.with_drawn_normals(TRAIN, VALIDATION, drawn_normals)
+    learned, held_out = drawn_normals[::2], drawn_normals[1::2]
+    assert np.array_equal(train[: len(TRAIN)], TRAIN)
+    assert len(train) - len(TRAIN) == 2 * len(learned), "a fifth of 200 real ones"
+    assert {r.tobytes() for r in train[len(TRAIN) :]} == {r.tobytes() for r in learned}
+    assert len(validation) == 2 * len(held_out)
+    assert np.array_equal(validation[len(held_out) :], held_out)
+    assert {r.tobytes() for r in validation[: len(held_out)]} <= {r.tobytes() for r in VALIDATION}
+
+
+def test_with_drawn_normals_what_is_merely_drawn_is_not_easy() -> None:
+    """Everything drawn lies off the photographs by the same step; the anomalies lie beyond it."""
+    step = np.zeros(DIMENSIONS, np.float32)
+    step[-1] = 12
+    ids, rounds, features, groups = drawn(90)
+    pretending = [cloud(1, 0, 900 + i)[0] + step for i in range(30)]
+    everything = np.concatenate([features + step, pretending]).astype(np.float32)
+    names = [f"r0-p001-s{i:03d}" for i in range(30)]
+    arguments = ([*ids, *names], [*rounds, *[0] * 30], everything, [*groups, *names])
+
+    def easy(train: np.ndarray, validation: np.ndarray) -> int:
+        verdicts = judge(*arguments, train, validation, CONFIG, 0).verdicts
+        return sum(v.label == "easy" for v in verdicts if v.id in names)
+
+    with_drawn = judging.with_drawn_normals(TRAIN, VALIDATION, cloud(60, 0, 8) + step)
+    assert easy(TRAIN, VALIDATION) > 20
+    assert easy(*with_drawn) < 10

@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {
     "name": "tiny",
     "data": {"kind": "flowers", "normals": 60, "test_normals": 10, "test_anomalies": 10},
     "describe": {"prompts": 2, "examples": 3, "chunk": 8, "guard": {"normal_vocabulary": True}},
-    "render": {"steps": 2, "chunk": 8},
+    "render": {"steps": 2, "chunk": 8, "normals": 8},
     # Everything that lies beyond the normals counts as hard or easy by chance here: the pairs are what matters.
     "confusion": {"upper": 8, "gap": 0, "evaluator": {"kind": "knn"}},
     "preference": {
@@ -36,7 +36,8 @@ TINY: dict[str, Any] = {
         "detectors": [{"kind": "knn"}, {"kind": "fused"}],
         "headline": "fused",
         "seeds": 1,
-        "controls": ["noise"],
+        "controls": ["noise", "drawn_normals"],
+        "views": 2,
     },
     "cluster": {"samplers": {"cpus": 0.25}, "renderers": {"cpus": 0.25}},
 }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kka_ray.render.training import Settings, Trainer, TrainingData, learning_rate, train
+from kka_ray.render.training import Settings, Trainer, TrainingData, rate_factor, train
 from tests.render import tiny
 
 
@@ -89,11 +89,22 @@ def test_ranks_draw_different_noise() -> None:
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
-    settings = Settings(steps=1000, learning_rate=1.0, warmup=100, decay_from=0.5)
-    assert learning_rate(0, settings) == pytest.approx(0.01)
-    assert learning_rate(300, settings) == 1.0
-    assert learning_rate(750, settings) == pytest.approx(0.505)
-    assert learning_rate(1000, settings) == pytest.approx(0.01)
+    settings = Settings(steps=1000, warmup=100, decay_from=0.5)
+    assert rate_factor(0, settings) == pytest.approx(0.01)
+    assert rate_factor(300, settings) == 1.0
+    assert rate_factor(750, settings) == pytest.approx(0.505)
+    assert rate_factor(1000, settings) == pytest.approx(0.01)
+
+
+def test_data_is_found_again_only_if_it_was_made_of_the_same(tmp_path: Path) -> None:
+    data().save(tmp_path / "data.safetensors", "flowers")
+    assert TrainingData.load(tmp_path / "data.safetensors", "trees") is None
+    assert TrainingData.load(tmp_path / "none.safetensors", "flowers") is None
+    found = TrainingData.load(tmp_path / "data.safetensors", "flowers")
+    assert found is not None
+    assert np.array_equal(found.images, data().images)
+    assert torch.equal(found.text, data().text)
+    assert torch.equal(found.mask, data().mask)
 
 
 def test_captions_are_encoded_once_and_stay_with_their_images() -> None:

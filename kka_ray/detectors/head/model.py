@@ -36,8 +36,9 @@ class LinearHeadDetector(Detector):
         """
         if anomalies is None or len(anomalies) == 0:
             raise ValueError(f"the detector {self.config.kind} learns from anomalies and was given none")
-        x = np.concatenate([normals.pooled, anomalies.pooled]).astype(np.float64)
-        y = np.repeat([0, 1], [len(normals), len(anomalies)])
+        of_normals, of_anomalies = normals.with_views().pooled, anomalies.with_views().pooled
+        x = np.concatenate([of_normals, of_anomalies]).astype(np.float64)
+        y = np.repeat([0, 1], [len(of_normals), len(of_anomalies)])
         model = LogisticRegression(C=self.config.c, class_weight="balanced", max_iter=2000).fit(x, y)
         self._weight = torch.from_numpy(model.coef_[0].copy())
         self._bias = float(model.intercept_[0])

@@ -41,11 +41,15 @@ class SimpleNetDetector(Detector):
             _patches(features)
         config = self.config
         generator = torch.Generator().manual_seed(seed)
-        x = torch.from_numpy(normals.pooled)
+        x = torch.from_numpy(normals.statistics())
         image = self._new_branch(x.shape[1])
         image.start(x, config.shrinkage, config.noise, config.margin, generator)
-        negatives = None if anomalies is None else torch.from_numpy(anomalies.pooled)
-        drawn = _image_negatives(negatives, config.batch, generator)
+        drawn = None
+        if anomalies is not None:
+            # Views of anomalies alone would teach the discriminator what a view is.
+            x = torch.from_numpy(normals.with_views().statistics())
+            negatives = torch.from_numpy(anomalies.with_views().statistics())
+            drawn = _image_negatives(negatives, config.batch, generator)
         self._train(image, x, _image_batch, drawn, generator)
 
         grid = _patches(normals)
@@ -121,8 +125,8 @@ class SimpleNetDetector(Detector):
 
     @torch.no_grad()
     def _parts(self, features: Features) -> dict[str, np.ndarray]:
-        pooled = torch.from_numpy(features.pooled).split(_CHUNK)
-        image = torch.cat([-self._branches["image"](x) for x in pooled]).numpy()
+        whole = torch.from_numpy(features.statistics()).split(_CHUNK)
+        image = torch.cat([-self._branches["image"](x) for x in whole]).numpy()
         return {"image": image, "patch": self._patch_scores(features).max((1, 2))}
 
     @torch.no_grad()
@@ -168,9 +172,7 @@ def _mix(x: Tensor, generator: torch.Generator) -> Tensor:
     return share * x + (1 - share) * x[torch.randperm(len(x), generator=generator)]
 
 
-def _image_negatives(anomalies: Tensor | None, batch: int, generator: torch.Generator) -> Callable[[], Tensor] | None:
-    if anomalies is None:
-        return None
+def _image_negatives(anomalies: Tensor, batch: int, generator: torch.Generator) -> Callable[[], Tensor]:
     return lambda: anomalies[torch.randint(len(anomalies), (batch,), generator=generator)]
 
 
