@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from kka_ray.config import RunConfig, config_hash, dump, load, merge
 from kka_ray.config.renderer import RendererConfig
