@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench_app = typer.Typer(help="Measure what the method is worth.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 renderer_app = typer.Typer(help="Train text-to-image renderers.", no_args_is_help=True)
 app.add_typer(renderer_app, name="renderer")
 
@@ -216,6 +218,25 @@ def train_renderer(config: ConfigFile, override: Override = None) -> None:
     resolved = load(config, RendererConfig, override or ())
     pipeline = launch(resolved, ClusterConfig(), lambda text: console.print(text, highlight=False, soft_wrap=True))
     console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
+
+
+@bench_app.command("demo")
+def bench_demo(
+    config: Annotated[Path, typer.Option(help="the demo's configuration")] = Path("configs/demo.yaml"),
+    seeds: Annotated[int, typer.Option(min=1, help="seeds of the whole loop")] = 3,
+    target: Annotated[Path, typer.Option(help="the JSON file to write")] = Path("benchmarks/results/demo.json"),
+    override: Override = None,
+    verbose: Verbose = False,
+) -> None:
+    """Runs the demo once a seed and holds its means against what it is meant to show."""
+    from kka_ray import benchmark
+    from kka_ray.terminal import Reporter
+
+    resolved = load(config, RunConfig, override or ())
+    with Reporter(console) as reporter:
+        result = benchmark.demo(resolved, seeds, target, reporter.progress, _say, verbose=verbose)
+    console.print(benchmark.table(result))
+    console.print(f"results: {target}", highlight=False, soft_wrap=True)
 
 
 def _run(config: RunConfig, verbose: bool) -> None:

@@ -1,0 +1,128 @@
+"""The demo's figures over several seeds of the whole loop, against what the demo is meant to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from kka_ray.config import config_hash
+from kka_ray.config.models import RunConfig
+from kka_ray.evaluation import spread
+from kka_ray.experiment import run
+from kka_ray.loop import Progress
+
+Read = Callable[[dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measure of a run's summary, and the range that its mean over the seeds should lie in."""
+
+    name: str
+    read: Read
+    low: float = -np.inf
+    high: float = np.inf
+
+    def passes(self, mean: float) -> bool:
+        """Whether a mean lies in the range, its edges included."""
+        return self.low <= mean <= self.high
+
+
+def demo(
+    config: RunConfig, seeds: int, target: Path, progress: Progress, say: Callable[[str], None], *, verbose: bool
+) -> dict[str, Any]:
+    """Runs the configuration once a seed, as NAME-seed-K, and writes the figures to `target` as JSON; returns them.
+
+    Runs that are finished are read from the store. A seed changes everything: the normals, their split, what is
+    written and drawn, and the detectors.
+    """
+    summaries = []
+    for seed in range(seeds):
+        say(f"seed {seed + 1} of {seeds}")
+        named = config.model_copy(update={"name": f"{config.name}-seed-{seed}", "seed": seed})
+        summaries.append(run(named, progress, say, verbose=verbose).summary)
+    result = collect(summaries)
+    result["config_hash"] = config_hash(config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    temporary.rename(target)
+    return result
+
+
+def collect(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every check's mean and spread over the summaries of runs that differ in their seed, and each seed's figures."""
+    checks = {}
+    for check in CHECKS:
+        values = spread([check.read(s) for s in summaries])
+        bounds = {k: v for k, v in (("low", check.low), ("high", check.high)) if np.isfinite(v)}
+        checks[check.name] = values | bounds | {"passed": check.passes(values["mean"])}
+    kinds = summaries[0]["detectors"]
+    auc = {
+        kind: {arm: spread([s["detectors"][kind][arm]["mean"] for s in summaries]) for arm in arms}
+        for kind, arms in kinds.items()
+    }
+    keep = ("described_fraction", "drawn_fraction", "generated_fraction", "rounds", "truth", "wall_seconds")
+    return {
+        "seeds": len(summaries),
+        "versions": summaries[0]["versions"],
+        "checks": checks,
+        "auc": auc,
+        "runs": [{k: s[k] for k in keep if k in s} for s in summaries],
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The checks, one a row."""
+    out = Table(title=f"the demo over {result['seeds']} seeds")
+    for name in ("measure", "mean ± std", "wanted", ""):
+        out.add_column(name, justify="left" if name == "measure" else "right")
+    for name, row in result["checks"].items():
+        wanted = " and ".join(f"{sign} {row[bound]:g}" for bound, sign in (("low", "≥"), ("high", "≤")) if bound in row)
+        out.add_row(name, f"{row['mean']:.4f} ± {row['std']:.4f}", wanted, "yes" if row["passed"] else "no")
+    return out
+
+
+def _auc(summary: dict[str, Any], arm: str, kind: str | None = None) -> float:
+    return float(summary["detectors"][kind or summary["detector"]][arm]["mean"])
+
+
+def _best_without(summary: dict[str, Any]) -> float:
+    """The better of the headline detector and k-NN without anomalies."""
+    return max(_auc(summary, "baseline"), _auc(summary, "baseline", "knn"))
+
+
+def _control(summary: dict[str, Any]) -> float:
+    arms = summary["detectors"][summary["detector"]]
+    return max(float(arms[a]["mean"]) for a in ("noise", "cutpaste"))
+
+
+CHECKS = (
+    Check("headline baseline minus k-NN", lambda s: _auc(s, "baseline") - _auc(s, "baseline", "knn"), low=-0.03),
+    Check("better of the two without anomalies", _best_without, high=0.93),
+    Check("zero-th minus baseline", lambda s: _auc(s, "zeroth") - _auc(s, "baseline"), low=0),
+    Check("KKA minus zero-th", lambda s: _auc(s, "kka") - _auc(s, "zeroth"), low=0),
+    Check("KKA minus the better without anomalies", lambda s: _auc(s, "kka") - _best_without(s), low=0.05),
+    Check("KKA minus the better of noise and CutPaste", lambda s: _auc(s, "kka") - _control(s), low=0),
+    Check("kept share of the normals", lambda s: s["generated_fraction"], high=0.05),
+    Check("hard rate in round 0", lambda s: s["rounds"][0]["hard_rate"], low=0.15, high=0.4),
+    Check(
+        "hard rate of the last round over that of round 0",
+        lambda s: s["rounds"][-1]["hard_rate"] / max(s["rounds"][0]["hard_rate"], 1e-9),
+        low=1.5,
+    ),
+    Check(
+        "diversity of the last round over that of round 0",
+        lambda s: s["rounds"][-1]["diversity"] / max(s["rounds"][0]["diversity"], 1e-9),
+        low=0.8,
+    ),
+    Check("truly normal among the kept", lambda s: s["truth"]["kept_normal_share"], high=0.05),
+    Check("Spearman of hardness with true distance", lambda s: s["truth"]["spearman"] or 0.0, low=0.5),
+)
+"""What the demo is meant to show."""

@@ -1,0 +1,42 @@
+import pytest
+
+from kka_ray.benchmark import CHECKS, collect, table
+
+
+def summary(kka: float = 0.97, hard: tuple[float, float] = (0.2, 0.4)) -> dict:
+    arms = {a: {"mean": v} for a, v in (("baseline", 0.9), ("zeroth", 0.93), ("kka", kka), ("noise", 0.91))}
+    return {
+        "detector": "simplenet",
+        "versions": {},
+        "detectors": {
+            "simplenet": arms | {"cutpaste": {"mean": 0.92}},
+            "knn": {"baseline": {"mean": 0.91}},
+        },
+        "generated_fraction": 0.05,
+        "rounds": [{"hard_rate": h, "diversity": d} for h, d in zip(hard, (0.5, 0.45), strict=True)],
+        "truth": {"kept_normal_share": 0.02, "spearman": 0.6},
+    }
+
+
+def test_means_over_the_seeds_are_held_against_the_ranges() -> None:
+    result = collect([summary(), summary(kka=0.99)])
+    gain = result["checks"]["KKA minus the better without anomalies"]
+    assert gain["mean"] == pytest.approx(0.98 - 0.91)
+    assert gain["per_seed"] == pytest.approx([0.06, 0.08])
+    assert gain["low"] == 0.05
+    assert all(row["passed"] for row in result["checks"].values())
+    assert result["auc"]["simplenet"]["kka"]["mean"] == pytest.approx(0.98)
+    assert table(result).row_count == len(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("run", "failed"),
+    [
+        (summary(kka=0.95), "KKA minus the better without anomalies"),
+        (summary(kka=0.915), "KKA minus zero-th"),
+        (summary(hard=(0.1, 0.4)), "hard rate in round 0"),
+        (summary(hard=(0.3, 0.35)), "hard rate of the last round over that of round 0"),
+    ],
+)
+def test_a_measure_out_of_its_range_fails(run: dict, failed: str) -> None:
+    assert not collect([run])["checks"][failed]["passed"]
