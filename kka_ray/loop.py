@@ -156,7 +156,9 @@ class Loop:
         inputs = {
             "normals": prepared.identity,
             "subject": prepared.data.subject,
-            "config": config.describe.model_dump(mode="json", include={"prompts", "examples", "instruction"}),
+            "config": config.describe.model_dump(
+                mode="json", include={"prompts", "examples", "instruction", "contrast"}
+            ),
             "seed": config.seed,
             "versions": versions.computing(),
         }

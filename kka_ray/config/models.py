@@ -138,6 +138,9 @@ class DescribeConfig(Strict):
     prompts: int = Field(16, ge=1, description="few-shot prompts, one a group of representative normals")
     examples: int = Field(5, ge=1, description="captions in a prompt")
     instruction: str | None = Field(None, description="first line of every prompt; by default made from the subject")
+    contrast: str | None = Field(
+        None, description="line between the examples and what the model writes, which asks for something else"
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(40, ge=4)

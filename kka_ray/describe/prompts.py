@@ -9,7 +9,7 @@ from kka_ray.config.models import DescribeConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.records import Prompt
 
-VERSION = 1
+VERSION = 2
 
 
 def build_prompts(
@@ -19,17 +19,19 @@ def build_prompts(
 
     The training normals' features (`pooled`, (N, D)) are clustered by k-means into as many groups as there are
     prompts; a prompt lists the captions of the images nearest to its group's centre, no caption twice. A language
-    model without instruction tuning to speak of continues such a list; asked as a chat it copies the examples.
+    model without instruction tuning to speak of continues such a list; asked as a chat it copies the examples. Where
+    `config.contrast` is given it ends the list of normal captions and heads that of the lines to be written.
     """
     groups = min(config.prompts, len(normals))
     means = KMeans(groups, random_state=seed, n_init=3).fit(pooled)
     heading = config.instruction or f"A list of descriptions of many different {subject}:"
+    turn = f"{config.contrast}\n" if config.contrast else ""
     prompts = []
     for group in range(groups):
         distance = np.linalg.norm(pooled - means.cluster_centers_[group], axis=1)
         rows = _nearest_distinct(distance, normals.captions, config.examples)
         lines = "".join(f"- {normals.captions[i]}\n" for i in rows)
-        prompts.append(Prompt(f"p{group:03d}", f"{heading}\n{lines}-", tuple(normals.ids[i] for i in rows)))
+        prompts.append(Prompt(f"p{group:03d}", f"{heading}\n{lines}{turn}-", tuple(normals.ids[i] for i in rows)))
     return prompts
 
 
