@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.describe import drift, prompts
 from kka_ray.describe.guard import Guard
+from kka_ray.errors import StageError
 from kka_ray.features.base import Features
 from kka_ray.features.text import TextEncoder
 from kka_ray.preference import dpo, pairs
@@ -176,6 +178,7 @@ class Loop:
         seed = self.config.seed * 1000 + number
         descriptions, drawn = self.streamer.run(result.prompts, number, seed, result.adapter, self.progress)
         result.normals = self.streamer.normals
+        check_drawn(descriptions, drawn, number)
         return descriptions, drawn
 
     def _drift(self, result: LoopResult, number: int, raw: list[tuple[str, str]]) -> dict[str, float]:
@@ -297,6 +300,21 @@ class Loop:
         output = self.store.find("dpo", key)
         assert output is not None, "a DPO job ended without committing its adapter"
         return output
+
+
+def check_drawn(descriptions: list[Description], drawn: Drawn, number: int) -> None:
+    """Raises StageError if the zero-th round has no line that can be drawn, or any round no image that was."""
+    usable = sum(d.status == "ok" for d in descriptions)
+    if usable and not drawn.ids:
+        first = next(r.error for r in drawn.renderings if r.status == "failed")
+        raise StageError(f"all {len(drawn.renderings)} images of round {number} failed to be drawn; the first: {first}")
+    if not usable and number == 0:
+        counts = Counter(d.reason for d in descriptions).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+        raise StageError(
+            f"none of the {len(descriptions)} lines that the language model wrote can be drawn ({reasons}); the first: "
+            f"{descriptions[0].raw.strip()[:80]!r}. Change describe.instruction or describe.guard, or another model"
+        )
 
 
 def _digest(value: Any) -> str:

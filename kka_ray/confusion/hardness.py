@@ -9,33 +9,30 @@ from typing import Literal
 import numpy as np
 
 from kka_ray.config.models import ConfusionConfig
+from kka_ray.features.robust import Robust
 
 Label = Literal["normal_like", "hard", "between", "easy"]
 
 _LEAST_SCORE = 1e-12
-_LEAST_MAD = 1e-6
 
 
 @dataclass(frozen=True)
 class Scale:
     """How the scores of one evaluator are read: median and MAD of the log scores of its validation normals."""
 
-    median: float
-    mad: float
+    logs: Robust
 
     @classmethod
     def of(cls, validation_scores: np.ndarray) -> Scale:
-        """The scale of validation scores (M,), M >= 1. A MAD below 1e-6 counts as 1e-6."""
-        logs = _log(validation_scores)
-        median = float(np.median(logs))
-        return cls(median, max(float(np.median(np.abs(logs - median))), _LEAST_MAD))
+        """The scale of validation scores (M,), M >= 1; equal scores give a MAD that is small but not 0."""
+        return cls(Robust.of(_log(validation_scores)))
 
     def hardness(self, scores: np.ndarray) -> np.ndarray:
         """(log score - median) / MAD, float64 (N,): about 0 for a typical normal, larger the further away.
 
         Unlike a percentile among the normals it does not end at the worst normal, beyond which anomalies lie.
         """
-        return (_log(scores) - self.median) / self.mad
+        return self.logs(_log(scores))
 
 
 @dataclass(frozen=True)

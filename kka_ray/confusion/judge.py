@@ -198,7 +198,7 @@ def _judge_fold(
     scale = Scale.of(validation_scores)
     variance = relative_variance(normals, evaluator.centre)
     hardness = scale.hardness(scores)
-    unit = float(np.exp(scale.median / 2))
+    unit = float(np.exp(scale.logs.median / 2))
     return _Fold(
         number,
         held_out,
@@ -261,7 +261,7 @@ def _diagnostics(
 def _latent_map(
     pretrained: Evaluator, folds: Sequence[_Fold], features: np.ndarray, validation: np.ndarray
 ) -> LatentMap:
-    unit = float(np.exp(Scale.of(pretrained.score(validation)).median / 2))
+    unit = float(np.exp(Scale.of(pretrained.score(validation)).logs.median / 2))
     normals = (pretrained.embed(validation) - pretrained.centre) / unit
     drawn = (pretrained.embed(features) - pretrained.centre) / unit
     normals_before, drawn_before = _plane(normals, drawn)

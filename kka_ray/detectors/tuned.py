@@ -19,12 +19,12 @@ from kka_ray.config.models import BackboneConfig
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors import build
 from kka_ray.detectors.base import Detector
-from kka_ray.detectors.robust import Robust
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.features.robust import Robust
 
-VERSION = 2
+VERSION = 3
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from kka_ray.config.models import BackboneConfig, Knn, SimpleNet
-from kka_ray.detectors.robust import Robust
 from kka_ray.detectors.tuned import Calibration, TunedDetector
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.features.robust import Robust
 
 
 def _images(count: int, seed: int) -> list[np.ndarray]:

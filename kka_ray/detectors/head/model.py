@@ -13,8 +13,8 @@ from torch import Tensor
 from kka_ray.config.models import LinearHead
 from kka_ray.detectors.base import Detector
 from kka_ray.detectors.knn.model import distances
-from kka_ray.detectors.robust import Robust
 from kka_ray.features.base import Features
+from kka_ray.features.robust import Robust
 
 
 class LinearHeadDetector(Detector):

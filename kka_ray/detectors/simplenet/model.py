@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kka_ray.config.models import SimpleNet
 from kka_ray.detectors.base import Detector
-from kka_ray.detectors.robust import Robust
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.simplenet.loss import truncated_l1
 from kka_ray.features.base import Features
+from kka_ray.features.robust import Robust
 
 _CHUNK = 128
 _PATCH_ANOMALIES = 16
