@@ -23,8 +23,10 @@ from kka_ray.cluster.session import nodes, session
 from kka_ray.config import config_hash, dump
 from kka_ray.config.models import FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
+from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
-from kka_ray.evaluation import Evaluation, evaluate, headline_detector, review
+from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review
+from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.prepare import Prepared, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
@@ -71,9 +73,11 @@ def run(
         finally:
             loop.close()
         evaluation = evaluate(config, store, prepared, result)
+    tuned = headline_detector(config, store, prepared, evaluation)
     summary = summarise(config, prepared, result, evaluation, loop.budget)
-    _write_records(folder / "records", prepared, result, evaluation, config, store)
-    headline_detector(config, store, prepared, evaluation).save(folder / "detector")
+    summary["drawn_normals"] = artefacts(tuned, prepared.validation, result.normals.features)
+    _write_records(folder / "records", prepared, result, evaluation, tuned)
+    tuned.save(folder / "detector")
     _write_json(folder / "references.json", sorted(store.used))
     summary["wall_seconds"] = round(time.perf_counter() - started, 1)
     _write_json(folder / "summary.json", summary)
@@ -149,6 +153,24 @@ def summarise(
     return summary
 
 
+def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> dict[str, Any]:
+    """How the detector that is served takes normal captions that were drawn: it should take them for normal.
+
+    `flagged`: the share of them called anomalous. `auc`: of them against the validation normals, 0.5 where being drawn
+    makes no difference.
+    """
+    if len(drawn) == 0:
+        return {"count": 0}
+    scores = tuned.score(drawn)
+    truth = np.r_[np.zeros(len(validation), bool), np.ones(len(drawn), bool)]
+    both = np.r_[tuned.score(validation).score, scores.score]
+    return {
+        "count": len(drawn),
+        "flagged": float(scores.anomalous.mean()),
+        "auc": metrics(both, truth)["auc"],
+    }
+
+
 def _round(r: Round, result: LoopResult) -> dict[str, Any]:
     assert result.audit is not None
     labels = Counter(v.label for v in result.audit.verdicts if v.round == r.number)
@@ -177,12 +199,14 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
 
 
 def _write_records(
-    folder: Path, prepared: Prepared, result: LoopResult, evaluation: Evaluation, config: RunConfig, store: Store
+    folder: Path, prepared: Prepared, result: LoopResult, evaluation: Evaluation, tuned: TunedDetector
 ) -> None:
     """Everything that the report shows, as Parquet tables that pandas reads."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / "descriptions", to_table(Description, [d for r in result.rounds for d in r.descriptions]))
-    _write_table(folder / "renderings", to_table(Rendering, [x for r in result.rounds for x in r.drawn.renderings]))
+    drawn = [x for r in result.rounds for x in r.drawn.renderings]
+    _write_table(folder / "renderings", to_table(Rendering, drawn))
+    _write_table(folder / "drawn_normals", to_table(Rendering, result.normals.renderings))
     audit = result.audit
     assert audit is not None
     _write_table(folder / "verdicts", to_table(Verdict, audit.verdicts))
@@ -202,7 +226,6 @@ def _write_records(
     history = [{"round": r.number, **row} for r in result.rounds if r.dpo for row in r.dpo["history"]]
     _write_table(folder / "dpo", pa.Table.from_pylist(history))
     _write_table(folder / "evaluation", pa.Table.from_pylist(evaluation.to_json()))
-    tuned = headline_detector(config, store, prepared, evaluation)
     images = prepared.normals.validation
     scores = tuned.score(prepared.validation)
     most = review(images, scores.score, 24)

@@ -79,6 +79,13 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
             f"{truth['kept_normal_share']:.1%} of the kept images truly normal",
             highlight=False,
         )
+    drawn = summary["drawn_normals"]
+    if drawn["count"]:
+        console.print(
+            f"drawn normals: the detector flags {drawn['flagged']:.1%} of {drawn['count']} (AUC {drawn['auc']:.2f} "
+            "against real ones; 0.5 if being drawn made no difference)",
+            highlight=False,
+        )
     console.print(
         f"described {summary['described_fraction']:.1%}, drawn {summary['drawn_fraction']:.1%}, kept "
         f"{summary['generated_fraction']:.1%} of {summary['normals']} normals; {summary['wall_seconds']:.0f} s",
