@@ -343,7 +343,8 @@ class DetectConfig(Strict):
     seeds: int = Field(3, ge=1)
     false_positive_rate: float = Field(0.05, gt=0, lt=1, description="of validation normals, sets the threshold")
     controls: tuple[Literal["noise", "cutpaste", "drawn_normals"], ...] = Field(
-        ("noise", "cutpaste"), description="anomaly sets without a language model, of equal size, for comparison"
+        ("noise", "cutpaste", "drawn_normals"),
+        description="anomaly sets without a language model, of equal size, for comparison",
     )
     drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
     views: int = Field(
@@ -421,5 +422,8 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _drawn_normals_are_there(self) -> RunConfig:
         if self.render.normals == 0 and (self.detect.drawn_normals or "drawn_normals" in self.detect.controls):
-            raise ValueError("detect asks for drawn normals, but render.normals is 0: set it to 64 or more")
+            raise ValueError(
+                "detect asks for drawn normals, but render.normals is 0: set it to 64 or more, or leave drawn_normals "
+                "out of detect"
+            )
         return self

@@ -1,0 +1,92 @@
+"""Writes the tables of `docs/results.md` from `benchmarks/results/*.json`: `python benchmarks/tables.py`.
+
+Each table stands between a pair of comments that name its JSON file; what is outside them is written by hand.
+`--check` only says whether the document is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ARMS = {
+    "baseline": "normals only",
+    "zeroth": "zero-th",
+    "kka": "KKA",
+    "noise": "noise",
+    "cutpaste": "CutPaste",
+    "drawn_normals": "drawn normals",
+}
+
+
+def demo(result: Mapping[str, Any]) -> str:
+    """The checks, and the detectors by arms."""
+    rows = [["measure", "mean ± std", "wanted", ""]]
+    for name, check in result["checks"].items():
+        signs = (("low", "≥"), ("high", "≤"))
+        wanted = " and ".join(f"{sign} {check[bound]:g}" for bound, sign in signs if bound in check)
+        rows.append([name, f"{check['mean']:.4f} ± {check['std']:.4f}", wanted, "yes" if check["passed"] else "**no**"])
+    head = f"Mean and standard deviation over {result['seeds']} seeds of the whole loop.\n\n"
+    return head + _table(rows) + "\nAUC on the test images:\n\n" + _detectors(result["auc"])
+
+
+def real_data(result: Mapping[str, Any]) -> str:
+    """A case after the other."""
+    parts = []
+    for name, case in result.items():
+        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
+        rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
+        parts.append(
+            f"### {name}\n\n{case['normals']} normals, {case['test']['normals']} + {case['test']['anomalies']} test images "
+            f"(normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by round "
+            f"{rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
+        )
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo, "real_data": real_data}
+
+
+def written(document: str) -> str:
+    """The document with every table written anew; a table whose JSON is not there says so."""
+
+    def fill(match: re.Match[str]) -> str:
+        file = RESULTS / f"{match[2]}.json"
+        body = TABLES[match[2]](json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return _PLACE.sub(fill, document)
+
+
+def _detectors(detectors: Mapping[str, Mapping[str, Any]]) -> str:
+    arms = [a for a in _ARMS if any(a in row for row in detectors.values())]
+    rows = [["detector", *(_ARMS[a] for a in arms)]]
+    for kind, row in detectors.items():
+        rows.append([kind, *(f"{row[a]['mean']:.4f} ± {row[a]['std']:.4f}" if row.get(a) else "" for a in arms)])
+    return _table(rows) if arms else "There are no test anomalies, hence no AUC.\n"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    text = DOCUMENT.read_text()
+    new = written(text)
+    if "--check" in sys.argv:
+        raise SystemExit(0 if new == text else f"{DOCUMENT} is out of date: run python benchmarks/tables.py")
+    DOCUMENT.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
