@@ -45,8 +45,8 @@ def real_data(result: Mapping[str, Any]) -> str:
         said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
         parts.append(
-            f"### {name}\n\n{case['normals']} normals, {case['test']['normals']} + {case['test']['anomalies']} test images "
-            f"(normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by round "
+            f"### {name}\n\n{case['normals']} normals, {case['test']['normals']} + {case['test']['anomalies']} test "
+            f"images (normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by round "
             f"{rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
         )
     return "\n".join(parts)
