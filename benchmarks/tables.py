@@ -46,8 +46,8 @@ def real_data(result: Mapping[str, Any]) -> str:
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
         parts.append(
             f"### {name}\n\n{case['normals']} normals, {case['test']['normals']} + {case['test']['anomalies']} test "
-            f"images (normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by round "
-            f"{rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
+            f"images (normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by "
+            f"round {rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
         )
     return "\n".join(parts)
 

@@ -53,10 +53,11 @@ class Pool:
         self._waiting.append((number, task))
         self._fill()
 
-    def actor(self) -> Any:
-        """One of the actors, for a call outside the queue."""
+    @property
+    def actors(self) -> list[Any]:
+        """The actors, for calls outside the queue."""
         self._start()
-        return self._actors[0]
+        return list(self._actors)
 
     @property
     def busy(self) -> bool:

@@ -83,9 +83,14 @@ class Streamer:
         self._renderers.stop()
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> list[list[float]]:
-        """Token log-probabilities under the untuned model, by one of the samplers."""
-        worker = self._samplers.actor()
-        return ray.get(worker.log_probs.remote(prompts, completions, None))
+        """Token log-probabilities under the untuned model, shared out among the samplers."""
+        workers = self._samplers.actors
+        edges = [len(prompts) * k // len(workers) for k in range(len(workers) + 1)]
+        parts = [
+            worker.log_probs.remote(prompts[start:end], completions[start:end], None)
+            for worker, start, end in zip(workers, edges[:-1], edges[1:], strict=True)
+        ]
+        return [row for part in ray.get(parts) for row in part]
 
     def submit_normals(self) -> None:
         """Hands captions of training normals to the renderers; `run` collects them with its round's images."""

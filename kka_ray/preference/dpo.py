@@ -23,7 +23,7 @@ from kka_ray.config.models import PreferenceConfig
 from kka_ray.errors import ConfigError, StageError
 from kka_ray.records import PreferencePair
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int) ->
         warmup_steps=config.warmup,
         lr_scheduler_type="cosine",
         max_length=config.max_length,
-        precompute_ref_log_probs=True,
+        # TRL keeps them in a file of the process that computed them, which other workers do not find.
+        precompute_ref_log_probs=workers == 1,
         bf16=config.dtype == "bfloat16",
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),

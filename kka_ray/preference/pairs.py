@@ -10,7 +10,7 @@ import numpy as np
 from kka_ray.config.models import PreferenceConfig
 from kka_ray.records import Description, PreferencePair, Prompt, Verdict
 
-VERSION = 1
+VERSION = 2
 
 
 def build_pairs(
@@ -20,7 +20,9 @@ def build_pairs(
     config: PreferenceConfig,
     seed: int,
 ) -> list[PreferencePair]:
-    """Pairs from the same prompt, each text on one side only, no pair twice, at most `config.max_pairs`.
+    """Pairs from the same prompt, each text on one side only, no pair twice.
+
+    There are at most `config.max_pairs`, and no more than the training sees in its `steps` of `batch`.
 
     Chosen are the hard lines; rejected those that `config.rejected` names: `easy`, `normal_like` (drawn, but within
     the normals) and `guarded` (refused by the guard for describing the normal class, or for their form). A text
@@ -48,7 +50,7 @@ def build_pairs(
     candidates.sort(key=lambda c: (c[0], c[1]))
     return [
         PreferencePair(a.prompt_id, a.id, b.id, text_of[a.prompt_id], completion(a), completion(b))
-        for _, _, a, b in candidates[: config.max_pairs]
+        for _, _, a, b in candidates[: min(config.max_pairs, config.steps * config.batch)]
     ]
 
 
