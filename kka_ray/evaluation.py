@@ -21,7 +21,7 @@ from kka_ray.errors import StageError
 from kka_ray.features import views
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
-from kka_ray.loop import LoopResult
+from kka_ray.loop import LoopResult, Progress
 from kka_ray.prepare import FEATURES_VERSION, Prepared, extract, extract_images, feature_inputs, test_set
 from kka_ray.store import Output, Store, stage_key
 
@@ -91,10 +91,13 @@ def metrics(scores: np.ndarray, anomalous: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> Evaluation:
+def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, progress: Progress) -> Evaluation:
     """Fits every detector with every arm, then, at the very end, scores the test images."""
     arms = _arms(config, store, prepared, loop)
+    wanted = sum(_wanted(d, a) for d in config.detect.detectors for a in arms) * config.detect.seeds
+    progress("detect", -1, 0, wanted)
     fits = _fit_all(config, store, prepared, loop, arms)
+    progress("detect", -1, wanted, wanted)
     test = test_set(config, prepared.data, store)
     if test is None:
         return Evaluation([], fits, arms, 0, 0)

@@ -72,7 +72,7 @@ def run(
             result = loop.run()
         finally:
             loop.close()
-        evaluation = evaluate(config, store, prepared, result)
+        evaluation = evaluate(config, store, prepared, result, progress)
     tuned = headline_detector(config, store, prepared, evaluation)
     summary = summarise(config, prepared, result, evaluation, loop.budget)
     summary["drawn_normals"] = artefacts(tuned, prepared.validation, result.normals.features)

@@ -121,7 +121,9 @@ class Loop:
             descriptions, drawn = self._describe_and_render(result, number)
             rendered = time.perf_counter()
             measures = self._drift(result, number, drawn.raw)
+            self.progress("judge", number, 0, len(drawn.ids))
             judged = self._judge(result, drawn, descriptions)
+            self.progress("judge", number, len(drawn.ids), len(drawn.ids))
             result.verdicts = {v.id: v for v in judged.verdicts}
             kept = self._keep(result, drawn, descriptions, number)
             seconds = {
@@ -144,7 +146,10 @@ class Loop:
                 )
             )
             self.progress("round", number, number + 1, config.loop.rounds + 1)
+        count = sum(len(r.drawn.ids) for r in result.rounds)
+        self.progress("audit", -1, 0, count)
         result.audit = self._audit(result)
+        self.progress("audit", -1, count, count)
         return result
 
     def close(self) -> None:
