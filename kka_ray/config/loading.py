@@ -75,8 +75,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: BaseModel) -> str:
-    """12 hex digits that name a configuration's content."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+    """12 hex digits that name a configuration's content, wherever its run is kept."""
+    content = config.model_dump(mode="json", exclude={"output", "store", "tracking"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def dump(config: BaseModel) -> str:
