@@ -18,6 +18,7 @@ from kka_ray.config import config_hash, load
 from kka_ray.config.models import RunConfig
 from kka_ray.data.export import export_folder
 from kka_ray.experiment import run
+from kka_ray.files import write_json
 from kka_ray.terminal import Reporter, show_summary
 
 ROOT = Path(__file__).parents[1]
@@ -79,9 +80,7 @@ def main() -> None:
         console.rule(name)
         results[name] = measure(name, config, overrides, work, console)
         RESULT.parent.mkdir(parents=True, exist_ok=True)
-        temporary = RESULT.with_suffix(".partial")
-        temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        temporary.rename(RESULT)
+        write_json(RESULT, results)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
 from kka_ray.evaluation import spread
 from kka_ray.experiment import run
+from kka_ray.files import write_json
 from kka_ray.loop import Progress
 
 Read = Callable[[dict[str, Any]], float]
@@ -28,6 +28,12 @@ class Check:
     read: Read
     low: float = -np.inf
     high: float = np.inf
+
+    @property
+    def wanted(self) -> str:
+        """The range in words."""
+        bounds = (("≥", self.low), ("≤", self.high))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if np.isfinite(bound))
 
     def passes(self, mean: float) -> bool:
         """Whether a mean lies in the range, its edges included."""
@@ -50,9 +56,7 @@ def demo(
     result = collect(summaries)
     result["config_hash"] = config_hash(config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    temporary.rename(target)
+    write_json(target, result)
     return result
 
 
@@ -62,7 +66,7 @@ def collect(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     for check in CHECKS:
         values = spread([check.read(s) for s in summaries])
         bounds = {k: v for k, v in (("low", check.low), ("high", check.high)) if np.isfinite(v)}
-        checks[check.name] = values | bounds | {"passed": check.passes(values["mean"])}
+        checks[check.name] = values | bounds | {"wanted": check.wanted, "passed": check.passes(values["mean"])}
     kinds = summaries[0]["detectors"]
     auc = {
         kind: {arm: spread([s["detectors"][kind][arm]["mean"] for s in summaries]) for arm in arms}
@@ -84,8 +88,7 @@ def table(result: dict[str, Any]) -> Table:
     for name in ("measure", "mean ± std", "wanted", ""):
         out.add_column(name, justify="left" if name == "measure" else "right")
     for name, row in result["checks"].items():
-        wanted = " and ".join(f"{sign} {row[bound]:g}" for bound, sign in (("low", "≥"), ("high", "≤")) if bound in row)
-        out.add_row(name, f"{row['mean']:.4f} ± {row['std']:.4f}", wanted, "yes" if row["passed"] else "no")
+        out.add_row(name, f"{row['mean']:.4f} ± {row['std']:.4f}", row["wanted"], "yes" if row["passed"] else "no")
     return out
 
 

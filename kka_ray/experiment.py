@@ -5,7 +5,6 @@ The same command run again after an interruption finishes the run: what is in th
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review
 from kka_ray.features.base import Features
+from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.prepare import Prepared, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
@@ -78,9 +78,9 @@ def run(
     summary["drawn_normals"] = artefacts(tuned, prepared.validation, result.normals.features)
     _write_records(folder / "records", prepared, result, evaluation, tuned)
     tuned.save(folder / "detector")
-    _write_json(folder / "references.json", sorted(store.used))
+    write_json(folder / "references.json", sorted(store.used))
     summary["wall_seconds"] = round(time.perf_counter() - started, 1)
-    _write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
 
     from kka_ray.report import write_report
 
@@ -99,7 +99,7 @@ def claim(folder: Path, config: RunConfig) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(file, text)
+        write_text(file, text)
     except OSError as error:
         raise ResourceError(f"cannot write the run's folder {folder}: {error}") from error
 
@@ -264,14 +264,3 @@ def _write_table(path: Path, table: pa.Table) -> None:
     temporary = path.with_suffix(".partial")
     pq.write_table(table, temporary, compression="zstd")
     temporary.rename(path.with_suffix(".parquet"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    temporary.rename(path)

@@ -7,7 +7,6 @@ a placement group of its own within a trial. The same command again finds in the
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -38,6 +37,7 @@ from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, StageError
 from kka_ray.experiment import absolute
 from kka_ray.experiment import run as run_experiment
+from kka_ray.files import write_json
 from kka_ray.loop import Loop, LoopResult, Progress
 from kka_ray.objective import Reference, make_reference, validation_auc
 from kka_ray.prepare import prepare
@@ -370,16 +370,10 @@ def _claim(folder: Path, config: SweepConfig) -> None:
 
 def _write(result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:
     """The results, the best configuration, and what the trials hold in the store, so that housekeeping spares it."""
-    _write_json(result.folder / "sweep.json", to_json(result, sweep))
+    write_json(result.folder / "sweep.json", to_json(result, sweep))
     (result.folder / "best.yaml").write_text(dump(chosen))
-    _write_json(result.folder / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
+    write_json(result.folder / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
 
 
 def _since(started: float) -> float:
     return round(time.perf_counter() - started, 1)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    temporary.rename(path)

@@ -1,0 +1,19 @@
+"""Files that are written whole or not at all: a reader sees the old content or the new one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`. Raises OSError as the file system does."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value. Raises ValueError for NaN and infinities, which JSON has not."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
