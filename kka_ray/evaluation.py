@@ -22,7 +22,16 @@ from kka_ray.features import views
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
 from kka_ray.loop import LoopResult, Progress
-from kka_ray.prepare import FEATURES_VERSION, Prepared, extract, extract_images, feature_inputs, test_set
+from kka_ray.prepare import (
+    FEATURES_VERSION,
+    Prepared,
+    bare,
+    extract,
+    extract_images,
+    extract_output,
+    feature_inputs,
+    test_set,
+)
 from kka_ray.store import Output, Store, stage_key
 
 BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
@@ -171,18 +180,17 @@ def _arm(
     features: Features,
 ) -> Arm:
     key = _put(store, prepared, features, name, ids)
-    return Arm(name, len(ids), key, _put_views(config, store, prepared, name, images, config.detect.views))
+    return Arm(name, len(ids), key, _put_views(config, store, prepared, images, config.detect.views))
 
 
 def _put_views(
-    config: RunConfig, store: Store, prepared: Prepared, name: str, images: Sequence[np.ndarray], count: int
+    config: RunConfig, store: Store, prepared: Prepared, images: Sequence[np.ndarray], count: int
 ) -> str | None:
     """Stores the features of `count` views of each image; None for none."""
     if count == 0:
         return None
-    made = views.views(images, count, config.seed)
-    features = extract_images(store, prepared.backbone, made, prepared.patches)
-    return _put(store, prepared, features, f"{name}-views", [str(i) for i in range(len(made))])
+    made = bare(views.views(images, count, config.seed))
+    return extract_output(store, prepared.backbone, made, prepared.patches).key
 
 
 def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: list[str]) -> str:
@@ -218,7 +226,7 @@ def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies
     images, wanted = prepared.normals.train.images, config.detect.views * anomalies
     rounds = -(-wanted // len(images)) if wanted else 0
     picked = [images[i] for i in np.linspace(0, len(images) - 1, min(wanted, len(images))).astype(int)]
-    return _put_views(config, store, prepared, "train", picked, rounds)
+    return _put_views(config, store, prepared, picked, rounds)
 
 
 def _fit_all(

@@ -17,7 +17,7 @@ from kka_ray.data.decode import decode, encode_png
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features, write_features
-from kka_ray.store import Attempt, Store
+from kka_ray.store import Attempt, Output, Store
 
 FEATURES_VERSION = 1
 FLOWERS_VERSION = 1
@@ -63,20 +63,29 @@ def needs_patches(config: RunConfig) -> bool:
 
 def extract(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Features:
     """Features of a set of images, computed once a content and backbone."""
-    inputs = feature_inputs(backbone.config, backbone.identity, patches) | {"images": images.identity()}
-    output = store.get_or_make(
-        "features", FEATURES_VERSION, inputs, lambda a: write_features(a, backbone.extract(images.images, patches))
-    )
-    features = read_features(output, patches=patches)
+    features = read_features(extract_output(store, backbone, images, patches), patches=patches)
     assert features is not None
     return features
 
 
+def extract_output(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Output:
+    """The output of stage `features` that `extract` reads."""
+    inputs = feature_inputs(backbone.config, backbone.identity, patches) | {"images": images.identity()}
+    return store.get_or_make(
+        "features", FEATURES_VERSION, inputs, lambda a: write_features(a, backbone.extract(images.images, patches))
+    )
+
+
 def extract_images(store: Store, backbone: Backbone, images: Sequence[np.ndarray], patches: bool) -> Features:
     """Features of bare images."""
+    return extract(store, backbone, bare(images), patches)
+
+
+def bare(images: Sequence[np.ndarray]) -> ImageSet:
+    """Images without captions or classes, their ids their numbers."""
     none = ("",) * len(images)
     ids = tuple(str(i) for i in range(len(images)))
-    return extract(store, backbone, ImageSet(ids, tuple(images), none, none, np.zeros(len(images), bool)), patches)
+    return ImageSet(ids, tuple(images), none, none, np.zeros(len(images), bool))
 
 
 def feature_inputs(config: BackboneConfig, identity: str, patches: bool) -> dict[str, object]:
