@@ -84,11 +84,11 @@ class Streamer:
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> list[list[float]]:
         """Token log-probabilities under the untuned model, shared out among the samplers."""
-        workers = self._samplers.actors
-        edges = [len(prompts) * k // len(workers) for k in range(len(workers) + 1)]
+        workers, size = self._samplers.actors, self.config.describe.chunk
+        # Parts of a fixed size: what is computed together must not depend on the number of workers.
         parts = [
-            worker.log_probs.remote(prompts[start:end], completions[start:end], None)
-            for worker, start, end in zip(workers, edges[:-1], edges[1:], strict=True)
+            workers[k % len(workers)].log_probs.remote(prompts[i : i + size], completions[i : i + size], None)
+            for k, i in enumerate(range(0, len(prompts), size))
         ]
         return [row for part in ray.get(parts) for row in part]
 
