@@ -65,8 +65,8 @@ class TrainingData:
 class Settings:
     """How to train: Muon and AdamW, warm-up and linear final decay, an average of the weights, captions dropped.
 
-    Muon (Jordan et al., 2024) takes the matrices of the blocks, AdamW everything else. With it the network is where
-    AdamW alone takes it after four times as many images.
+    Muon (Jordan et al., 2024) takes the matrices of the blocks, AdamW everything else. The network then learns
+    from far fewer images than with AdamW alone.
     """
 
     steps: int
