@@ -226,18 +226,17 @@ class Loop:
         text_of = {d.id: d.text for r in result.rounds for d in r.descriptions} | {d.id: d.text for d in newest}
         ids = [id_ for d in drawn for id_ in d.ids]
         rounds = [int(id_[1:].split("-")[0]) for id_ in ids]
-        images = [image for d in drawn for image in d.images]
         parts = [d.features for d in drawn if len(d.ids)]
         features = Features.join(parts) if parts else prepared.train.take([])
-        train = judging.rows(config.confusion, prepared.train, prepared.normals.train.images)
-        validation = judging.rows(config.confusion, prepared.validation, prepared.normals.validation.images)
+        train = judging.rows(config.confusion, prepared.train)
+        validation = judging.rows(config.confusion, prepared.validation)
         if config.confusion.drawn_normals and len(result.normals.ids) >= 4:
-            own = judging.rows(config.confusion, result.normals.features, result.normals.images)
+            own = judging.rows(config.confusion, result.normals.features)
             train, validation = judging.with_drawn_normals(train, validation, own)
         return function(
             ids,
             rounds,
-            judging.rows(config.confusion, features, images),
+            judging.rows(config.confusion, features),
             [text_of[id_] for id_ in ids],
             train,
             validation,

@@ -17,9 +17,10 @@ from kka_ray.data.decode import decode, encode_png
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features, write_features
+from kka_ray.features.pixels import SIDE
 from kka_ray.store import Attempt, Output, Store
 
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 FLOWERS_VERSION = 1
 
 
@@ -94,6 +95,7 @@ def feature_inputs(config: BackboneConfig, identity: str, patches: bool) -> dict
         "backbone": identity,
         "image_size": config.image_size,
         "patches": patches,
+        "pixels": SIDE,
         "versions": versions.computing(),
     }
 

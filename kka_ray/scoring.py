@@ -87,7 +87,7 @@ def judge(tuned: TunedDetector, images: Sequence[np.ndarray], heat: bool) -> tup
 
     The heat is None as well if the detector does not localise. Features are extracted once for both.
     """
-    features = tuned.backbone.extract(images, tuned.detector.needs_patches)
+    features = tuned.extract(images)
     return tuned.score(features), tuned.detector.heatmap(features) if heat else None
 
 

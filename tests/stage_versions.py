@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
     "flowers": (prepare.FLOWERS_VERSION, ("data/flowers.py", "data/flowers_module.py")),
     "features": (
         prepare.FEATURES_VERSION,
-        ("features/backbone.py", "features/efficientnet.py", "features/cache.py"),
+        ("features/backbone.py", "features/efficientnet.py", "features/pixels.py", "features/cache.py"),
     ),
     "prompts": (prompts.VERSION, ("describe/prompts.py",)),
     "sample": (workers.SAMPLE_VERSION, ("describe/sampler.py", "describe/transformers_sampler.py")),

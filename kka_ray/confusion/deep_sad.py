@@ -7,8 +7,6 @@ unlabelled, where it would count as normal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,9 +16,7 @@ from kka_ray.config.models import DeepSad
 from kka_ray.confusion import networks
 from kka_ray.confusion.base import Evaluator
 from kka_ray.errors import StageError
-
-PIXELS = 32
-"""Side of the images that the pixel encoder sees."""
+from kka_ray.features.pixels import SIDE
 
 _PRETRAIN_RATE = 1e-3
 _SHRINKAGE = 0.1
@@ -131,9 +127,9 @@ class DeepSadEvaluator(Evaluator):
 
     def _check(self, rows: np.ndarray) -> None:
         if self.config.input == "pixels":
-            if rows.shape[1:] != (PIXELS, PIXELS, 3) or rows.dtype != np.uint8:
+            if rows.shape[1:] != (SIDE, SIDE, 3) or rows.dtype != np.uint8:
                 raise StageError(
-                    f"the evaluator reads pixels: uint8 (N, {PIXELS}, {PIXELS}, 3), got {rows.dtype} {rows.shape}"
+                    f"the evaluator reads pixels: uint8 (N, {SIDE}, {SIDE}, 3), got {rows.dtype} {rows.shape}"
                 )
         elif rows.ndim != 2:
             raise StageError(f"the evaluator reads pooled features (N, D), got shape {rows.shape}")
@@ -161,17 +157,6 @@ class Whitening:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         return ((rows - self.mean) @ self.projection).astype(np.float32)
-
-
-def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Images uint8 (H, W, 3) of any sizes, resized bilinearly: uint8 (N, 32, 32, 3)."""
-    out = np.zeros((len(images), PIXELS, PIXELS, 3), np.uint8)
-    for i, image in enumerate(images):
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-        shrinks = max(x.shape[-2:]) > PIXELS
-        small = F.interpolate(x, (PIXELS, PIXELS), mode="bilinear", align_corners=False, antialias=shrinks)
-        out[i] = small[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
-    return out
 
 
 def _away_from_zero(centre: Tensor, least: float = 0.1) -> Tensor:

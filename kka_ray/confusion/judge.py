@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from kka_ray.config.models import ConfusionConfig, DeepSad, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
-from kka_ray.confusion.deep_sad import DeepSadEvaluator, pixels
+from kka_ray.confusion.deep_sad import DeepSadEvaluator
 from kka_ray.confusion.hardness import Band, Label, Scale, paper_labels
 from kka_ray.confusion.knn import Knn
 from kka_ray.errors import StageError
@@ -86,11 +86,16 @@ def make_evaluator(config: DeepSad | KnnEvaluator) -> Evaluator:
     return DeepSadEvaluator(config) if isinstance(config, DeepSad) else Knn(config)
 
 
-def rows(config: ConfusionConfig, features: Features, images: Sequence[np.ndarray]) -> np.ndarray:
-    """What the configured evaluator reads of images: their pooled features, or their pixels at 32 x 32."""
-    if isinstance(config.evaluator, DeepSad) and config.evaluator.input == "pixels":
-        return pixels(images)
-    return features.pooled
+def rows(config: ConfusionConfig, features: Features) -> np.ndarray:
+    """What the configured evaluator reads of images: their pooled features, or their pixels.
+
+    Raises ValueError if it reads pixels and the features come without them.
+    """
+    if not (isinstance(config.evaluator, DeepSad) and config.evaluator.input == "pixels"):
+        return features.pooled
+    if features.pixels is None:
+        raise ValueError("the evaluator reads pixels: extract with pixels=True")
+    return features.pixels
 
 
 def fold_of(id_: str, text: str, folds: int) -> int:

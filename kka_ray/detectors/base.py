@@ -20,6 +20,9 @@ class Detector(ABC):
     needs_patches: ClassVar[bool] = False
     """Whether `Features.patches` must be there."""
 
+    needs_pixels: bool = False
+    """Whether `Features.pixels` must be there; a detector whose configuration decides that sets it when it is made."""
+
     needs_anomalies: ClassVar[bool] = False
     """Whether `fit` raises ValueError without anomalies."""
 

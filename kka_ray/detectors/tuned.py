@@ -24,7 +24,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
-VERSION = 3
+VERSION = 4
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1
@@ -110,13 +110,17 @@ class TunedDetector:
         calibration = Calibration.of(detector.score(validation_features), false_positive_rate)
         return cls(config, backbone, detector, calibration)
 
+    def extract(self, images: Sequence[np.ndarray]) -> Features:
+        """What the detector reads of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
+        return self.backbone.extract(images, self.detector.needs_patches, self.detector.needs_pixels)
+
     def score(self, features: Features) -> Scores:
         """Scores of features that the same backbone extracted."""
         return self.calibration.judge(self.detector.score(features))
 
     def score_images(self, images: Sequence[np.ndarray]) -> Scores:
         """Scores of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
-        return self.score(self.backbone.extract(images, self.detector.needs_patches))
+        return self.score(self.extract(images))
 
     def heatmap_images(self, images: Sequence[np.ndarray]) -> np.ndarray | None:
         """Scores by place, float32 (N, H, W) in the size of the images; None if the detector does not localise.
@@ -128,7 +132,7 @@ class TunedDetector:
             raise DataError(
                 f"heat maps of images of different sizes ({sorted(sizes)[:3]}, ...): pass one size at a time"
             )
-        heat = self.detector.heatmap(self.backbone.extract(images, self.detector.needs_patches))
+        heat = self.detector.heatmap(self.extract(images))
         if heat is None:
             return None
         (size,) = sizes

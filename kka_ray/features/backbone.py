@@ -23,6 +23,8 @@ from kka_ray.config.models import BackboneConfig
 from kka_ray.errors import AssetError, ConfigError, DataError
 from kka_ray.features import efficientnet
 from kka_ray.features.base import Features
+from kka_ray.features.pixels import pixels as to_pixels
+from kka_ray.features.pixels import resize
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,8 +70,10 @@ class Backbone:
         return cls(config, model.identity, encoder, device)
 
     @torch.inference_mode()
-    def extract(self, images: Sequence[np.ndarray], patches: bool) -> Features:
+    def extract(self, images: Sequence[np.ndarray], patches: bool, pixels: bool = True) -> Features:
         """Features of uint8 images (H, W, 3), (H, W, 1) or (H, W) of any sizes, RGB or grey.
+
+        `patches` and `pixels` say which parts of `Features` are wanted beside the pooled one.
 
         What comes out for an image does not depend on the images beside it, but for rounding (below 1e-5). Raises
         DataError for no images, or for one that has another shape or type.
@@ -79,7 +83,7 @@ class Backbone:
         batch = min(self.config.batch, _CPU_BATCH) if self.device.type == "cpu" else self.config.batch
         pooled, grids = [], []
         for start in range(0, len(images), batch):
-            chunk = [_resize(x, start + i, self.config.image_size) for i, x in enumerate(images[start : start + batch])]
+            chunk = [resize(x, start + i, self.config.image_size) for i, x in enumerate(images[start : start + batch])]
             x = (torch.stack(chunk).to(self.device) / 255 - self._mean) / self._std
             vector, grid = self._encoder(x.contiguous(memory_format=torch.channels_last), patches)
             pooled.append(F.normalize(vector.float(), dim=1).cpu().numpy())
@@ -87,22 +91,11 @@ class Backbone:
                 # Some networks have maps beyond the range of float16, which ends at 65,504.
                 half = grid.clamp(-6e4, 6e4).permute(0, 2, 3, 1).half()
                 grids.append(half.cpu().numpy())
-        return Features(np.concatenate(pooled), np.concatenate(grids) if patches else None)
-
-
-def _resize(image: np.ndarray, index: int, size: int) -> Tensor:
-    """An image as float32 (3, size, size) in 0..255."""
-    if image.dtype != np.uint8:
-        raise DataError(f"image {index} has type {image.dtype}: images must be uint8, 0 to 255")
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
-        raise DataError(f"image {index} has shape {image.shape}: images must be (H, W, 3) in RGB, or (H, W) in grey")
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    if x.shape[-2:] != (size, size):
-        shrinks = max(x.shape[-2:]) > size
-        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
-    return x[0].expand(3, -1, -1)
+        return Features(
+            np.concatenate(pooled),
+            np.concatenate(grids) if patches else None,
+            pixels=to_pixels(images) if pixels else None,
+        )
 
 
 def _local_mean(grid: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ class Features:
     patches: float16 (N, h, w, C), the feature maps of the middle stages, brought to one grid; None if not asked for.
     views: features of augmented views of the images, any number of them; None if there are none. They are for learning
         from anomalies, and belong to the whole set: `take` and `join` leave them out.
+    pixels: uint8 (N, 32, 32, 3), the images themselves, resized, for networks that learn without a backbone; None if
+        not asked for.
     """
 
     pooled: np.ndarray
     patches: np.ndarray | None = None
     views: Features | None = None
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -46,14 +49,22 @@ class Features:
     def take(self, rows: Sequence[int] | np.ndarray) -> Features:
         """The given rows, in that order."""
         pick = np.asarray(rows, dtype=np.int64)
-        return Features(self.pooled[pick], None if self.patches is None else self.patches[pick])
+        return Features(
+            self.pooled[pick],
+            None if self.patches is None else self.patches[pick],
+            pixels=None if self.pixels is None else self.pixels[pick],
+        )
 
     @staticmethod
     def join(parts: Sequence[Features]) -> Features:
-        """Features of several sets, one after the other; all with patches or all without."""
-        patches = [p.patches for p in parts]
-        with_patches = all(p is not None for p in patches)
+        """Features of several sets, one after the other. Patches, or pixels, that one of them lacks are left out."""
         return Features(
             np.concatenate([p.pooled for p in parts]),
-            np.concatenate(patches) if with_patches else None,  # type: ignore[arg-type]
+            _joined([p.patches for p in parts]),
+            pixels=_joined([p.pixels for p in parts]),
         )
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [p for p in parts if p is not None]
+    return np.concatenate(present) if len(present) == len(parts) else None

@@ -13,8 +13,9 @@ from kka_ray.store import Attempt, Output
 def write_features(attempt: Attempt, features: Features) -> None:
     """Writes features as plain NumPy files."""
     attempt.write("pooled.npy", _to_bytes(features.pooled))
-    if features.patches is not None:
-        attempt.write("patches.npy", _to_bytes(features.patches))
+    for name, array in (("patches", features.patches), ("pixels", features.pixels)):
+        if array is not None:
+            attempt.write(f"{name}.npy", _to_bytes(array))
 
 
 def read_features(output: Output, *, patches: bool) -> Features | None:
@@ -22,7 +23,9 @@ def read_features(output: Output, *, patches: bool) -> Features | None:
     if "pooled.npy" not in output.files:
         return None
     return Features(
-        _from_bytes(output.read("pooled.npy")), _from_bytes(output.read("patches.npy")) if patches else None
+        _from_bytes(output.read("pooled.npy")),
+        _from_bytes(output.read("patches.npy")) if patches else None,
+        pixels=_from_bytes(output.read("pixels.npy")),
     )
 
 

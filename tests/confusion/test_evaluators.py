@@ -11,9 +11,10 @@ from scipy.stats import spearmanr
 
 from kka_ray.config.models import DeepSad, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
-from kka_ray.confusion.deep_sad import DeepSadEvaluator, Whitening, pixels
+from kka_ray.confusion.deep_sad import DeepSadEvaluator, Whitening
 from kka_ray.confusion.knn import Knn
 from kka_ray.errors import StageError
+from kka_ray.features.pixels import pixels
 from tests.confusion.clouds import DIMENSIONS, cloud
 
 NONE = np.zeros((0, DIMENSIONS), np.float32)

@@ -150,11 +150,12 @@ def test_paper_rule_in_full_and_the_auditors_fixed_band() -> None:
 
 
 def test_rows_follow_the_input() -> None:
-    images = [np.zeros((40, 50, 3), np.uint8)] * 2
-    features = Features(np.ones((2, 5), np.float32))
-    assert judging.rows(CONFIG, features, images) is features.pooled
+    features = Features(np.ones((2, 5), np.float32), pixels=np.zeros((2, 32, 32, 3), np.uint8))
+    assert judging.rows(CONFIG, features) is features.pooled
     on_pixels = ConfusionConfig(evaluator=DeepSad(input="pixels"))
-    assert judging.rows(on_pixels, features, images).shape == (2, 32, 32, 3)
+    assert judging.rows(on_pixels, features) is features.pixels
+    with pytest.raises(ValueError, match="pixels=True"):
+        judging.rows(on_pixels, Features(features.pooled))
 
 
 def test_bad_input_is_refused() -> None:

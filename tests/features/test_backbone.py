@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from kka_ray import assets
 from kka_ray.config.models import BackboneConfig
 from kka_ray.errors import AssetError, ConfigError, DataError
-from kka_ray.features.backbone import Backbone, _resize
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.pixels import pixels, resize
 
 _BUILTIN = "builtin:efficientnet-lite0"
 needs_builtin = pytest.mark.skipif(not assets.is_present(_BUILTIN), reason="needs EfficientNet-Lite0: run `kka setup`")
@@ -45,13 +46,23 @@ def test_resizing_up_is_plain_bilinear():
     expected = F.interpolate(
         torch.from_numpy(image).permute(2, 0, 1)[None].float(), (96, 96), mode="bilinear", align_corners=False
     )
-    assert torch.equal(_resize(image, 0, 96), expected[0])
+    assert torch.equal(resize(image, 0, 96), expected[0])
 
 
 def test_resizing_down_averages():
     board = ((np.indices((192, 192)).sum(0) % 2) * 255).astype(np.uint8)
-    inner = _resize(board, 0, 48)[:, 4:-4, 4:-4]
+    inner = resize(board, 0, 48)[:, 4:-4, 4:-4]
     assert float((inner - 127.5).abs().max()) < 8  # without antialiasing a checkerboard stays black and white
+
+
+def test_pixels_keep_small_images_and_shrink_others_by_averaging():
+    image = _images(1)[0]
+    board = ((np.indices((256, 320)).sum(0) % 2) * 255).astype(np.uint8)
+    small = pixels([image, board, image[:, :, :1]])
+    assert np.array_equal(small[0], image)
+    assert np.abs(small[1, 4:-4, 4:-4].astype(float) - 127.5).max() < 8
+    assert np.array_equal(small[2], image[:, :, :1].repeat(3, axis=2))
+    assert pixels([]).shape == (0, 32, 32, 3)
 
 
 @needs_builtin

@@ -45,6 +45,20 @@ def test_statistics_are_pooled_features_and_three_moments_of_each_channel() -> N
     assert np.array_equal(Features(features.pooled).statistics(), features.pooled)
 
 
+def test_taking_and_joining_keep_rows_together() -> None:
+    rng = np.random.default_rng(0)
+    features = Features(
+        rng.random((4, 3), np.float32),
+        rng.random((4, 2, 2, 5)).astype(np.float16),
+        pixels=rng.integers(0, 256, (4, 32, 32, 3), np.uint8),
+    )
+    taken = Features.join([features.take([3]), features.take([1, 0])])
+    for name in ("pooled", "patches", "pixels"):
+        assert np.array_equal(getattr(taken, name), getattr(features, name)[[3, 1, 0]]), name
+    bare = Features.join([features, Features(features.pooled)])
+    assert (len(bare), bare.patches, bare.pixels) == (8, None, None)
+
+
 def test_views_follow_their_images() -> None:
     own, other = Features(np.zeros((2, 3), np.float32)), Features(np.ones((4, 3), np.float32))
     assert Features(own.pooled, None, other).with_views().pooled.sum(axis=1).tolist() == [0, 0, 3, 3, 3, 3]
