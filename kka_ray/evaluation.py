@@ -3,8 +3,8 @@ language model, over several seeds. Test images are opened here and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from kka_ray import versions
 from kka_ray.cluster import train
-from kka_ray.config.models import Detector, RunConfig
+from kka_ray.config.models import AnomalyWeights, Detector, RunConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.detectors import build, sources
 from kka_ray.detectors.tuned import VERSION as FIT_VERSION
@@ -32,6 +32,7 @@ from kka_ray.prepare import (
     feature_inputs,
     test_set,
 )
+from kka_ray.records import Verdict
 from kka_ray.store import Output, Store, stage_key
 
 BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
@@ -39,12 +40,16 @@ BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
 
 @dataclass(frozen=True)
 class Arm:
-    """An anomaly set to train with: its name, its size, and the keys of the features of its images and their views."""
+    """An anomaly set to train with.
+
+    features, views: keys of the features of its images and of their views. weights: of its images, None for all alike.
+    """
 
     name: str
     count: int
     features: str | None
     views: str | None = None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,7 @@ def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: Loop
     headline = tuple(d for d in config.detect.detectors if d.kind == config.detect.headline)
     alone = config.model_copy(update={"detect": config.detect.model_copy(update={"detectors": headline})})
     ids = [k.id for k in loop.rounds[-1].kept]
-    arm = (
-        _arm(config, store, prepared, KKA, ids, loop.images(ids), loop.features(ids)) if ids else Arm(BASELINE, 0, None)
-    )
+    arm = _drawn_arm(config, store, prepared, loop, KKA, ids) if ids else Arm(BASELINE, 0, None)
     keys = _fit_all(alone, store, prepared, loop, [arm]).values()
     if not keys:
         raise StageError(
@@ -156,7 +159,7 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
     arms = [Arm(BASELINE, 0, None)]
     for name, ids in ((ZEROTH, zeroth), (KKA, kept)):
         if ids:
-            arms.append(_arm(config, store, prepared, name, ids, loop.images(ids), loop.features(ids)))
+            arms.append(_drawn_arm(config, store, prepared, loop, name, ids))
     for kind in config.detect.controls if kept else ():
         if kind == "drawn_normals":
             ids = loop.normals.ids[: len(kept)]
@@ -168,6 +171,19 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
         if ids:
             arms.append(_arm(config, store, prepared, kind, ids, images, features))
     return arms
+
+
+def _drawn_arm(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, name: str, ids: list[str]) -> Arm:
+    arm = _arm(config, store, prepared, name, ids, loop.images(ids), loop.features(ids))
+    return replace(arm, weights=verdict_weights(config.detect.weights, ids, loop.verdicts))
+
+
+def verdict_weights(
+    weights: AnomalyWeights, ids: Sequence[str], verdicts: Mapping[str, Verdict]
+) -> tuple[float, ...] | None:
+    """The weight of each drawn image by its last verdict; None if all weigh the same."""
+    each = tuple(float(getattr(weights, verdicts[id_].label)) for id_ in ids)
+    return each if len(set(each)) > 1 else None
 
 
 def _arm(
@@ -249,6 +265,7 @@ def _fit_all(
                     "validation": validation_key,
                     "anomalies": arm.features,
                     "views": [normal_views, arm.views] if arm.views else None,
+                    "weights": arm.weights,
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,
                     "threads": config.cluster.train_threads,
@@ -263,6 +280,7 @@ def _fit_all(
                             "train": train_key,
                             "anomalies": arm.features,
                             "views": inputs["views"],
+                            "weights": arm.weights,
                             "seed": inputs["seed"],
                             "inputs": inputs,
                         }

@@ -60,7 +60,8 @@ def zeroth(count: int = 80, labels: tuple[str, ...] = LABELS, kept: tuple[str, .
     verdicts = [verdict(d.id, labels[i % len(labels)]) for i, d in enumerate(descriptions)]
     none = np.zeros((0, 2), np.float32)
     audit = JudgeResult(verdicts, {}, None, LatentMap(none, none, none, none))
-    return LoopResult([], [played(0, descriptions, [KeptImage(k, 0) for k in kept])], audit)
+    rounds = [played(0, descriptions, [KeptImage(k, 0) for k in kept])]
+    return LoopResult([], rounds, audit, {v.id: v for v in verdicts})
 
 
 def test_the_reference_half_is_a_fixed_half_of_the_ids() -> None:

@@ -113,6 +113,7 @@ def fit_worker(arguments: dict[str, Any]) -> None:
     import time
     from dataclasses import replace
 
+    import numpy as np
     import torch
 
     from kka_ray.cluster.leases import open_store
@@ -143,6 +144,8 @@ def fit_worker(arguments: dict[str, Any]) -> None:
             if fit["views"]:
                 of_normals, of_anomalies = (features(key) for key in fit["views"])
                 known, anomalies = replace(known, views=of_normals), replace(anomalies, views=of_anomalies)
+            if fit["weights"]:
+                anomalies = replace(anomalies, weights=np.array(fit["weights"], np.float32))
             started = time.perf_counter()
             tuned = TunedDetector.fit(
                 fit["detector"],

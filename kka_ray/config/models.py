@@ -292,7 +292,15 @@ class LoopConfig(Strict):
 # --- detect -------------------------------------------------------------------------------------------------------
 
 
-class SimpleNet(Strict):
+class LearnsFromAnomalies(Strict):
+    """What every detector that learns from anomalies has in common."""
+
+    anomaly_weight: float = Field(
+        1.0, ge=0, description="of the anomalies as a whole, in units of what the detector gives them; 0: none"
+    )
+
+
+class SimpleNet(LearnsFromAnomalies):
     """SimpleNet on a frozen backbone; generated anomalies are further negatives of its discriminator."""
 
     kind: Literal["simplenet"] = "simplenet"
@@ -305,7 +313,6 @@ class SimpleNet(Strict):
     batch: int = Field(64, ge=1, description="images a step")
     patches_per_image: int = Field(8, ge=1, description="patches drawn from each normal image of a step")
     learning_rate: float = Field(1e-3, gt=0)
-    anomaly_weight: float = Field(1.0, ge=0)
     anomaly_patches: int = Field(8, ge=1, description="most anomalous patches of an anomaly that are negatives")
     patch_weight: float = Field(0.5, ge=0, description="of the worst patch in the score, beside 1 for the image")
 
@@ -324,7 +331,7 @@ class Mahalanobis(Strict):
     shrinkage: float = Field(0.1, ge=0, le=1)
 
 
-class LinearHead(Strict):
+class LinearHead(LearnsFromAnomalies):
     """Logistic regression of normals against anomalies; alone, or fused with k-NN. Needs anomalies."""
 
     kind: Literal["head", "fused"]
@@ -333,6 +340,18 @@ class LinearHead(Strict):
 
 
 Detector = Annotated[SimpleNet | Knn | Mahalanobis | LinearHead, Field(discriminator="kind")]
+
+
+class AnomalyWeights(Strict):
+    """How much an anomaly counts beside the others, by the evaluator's last verdict on it, with every detector.
+
+    Only the ratios matter. Anomalies that the evaluator never saw, such as those of the controls, count alike.
+    """
+
+    hard: float = Field(1.0, gt=0)
+    between: float = Field(1.0, gt=0)
+    easy: float = Field(1.0, gt=0)
+    normal_like: float = Field(1.0, gt=0, description="only the zero-th set holds any")
 
 
 class DetectConfig(Strict):
@@ -346,6 +365,7 @@ class DetectConfig(Strict):
         ("noise", "cutpaste", "drawn_normals"),
         description="anomaly sets without a language model, of equal size, for comparison",
     )
+    weights: AnomalyWeights = AnomalyWeights()
     drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
     views: int = Field(
         0, ge=0, description="augmented views of each anomaly, and as many of normals, to learn from; 0 for none"

@@ -30,7 +30,8 @@ class Detector(ABC):
     def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:
         """Fits to training normals and, if any are given, anomalies.
 
-        `validation` are normals for standardising scores that are summed; nothing else may be learned from them.
+        Anomalies count as `anomalies.relative_weights()` says. `validation` are normals for standardising scores that
+        are summed; nothing else may be learned from them.
         Deterministic given the seed and the thread count. What is fitted is that of the last epoch.
         """
 

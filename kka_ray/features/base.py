@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,19 +18,33 @@ class Features:
         from anomalies, and belong to the whole set: `take` and `join` leave them out.
     pixels: uint8 (N, 32, 32, 3), the images themselves, resized, for networks that learn without a backbone; None if
         not asked for.
+    weights: float32 (N,), positive, how much each image counts where anomalies are learned from; None: all alike. Only
+        their ratios matter. A view counts as much as its image.
     """
 
     pooled: np.ndarray
     patches: np.ndarray | None = None
     views: Features | None = None
     pixels: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
 
     def with_views(self) -> Features:
         """The images followed by their views."""
-        return self if self.views is None else Features.join([self, self.views])
+        if self.views is None:
+            return self
+        views = self.views
+        if self.weights is not None:
+            views = replace(views, weights=self.weights.repeat(len(views) // len(self)))
+        return Features.join([self, views])
+
+    def relative_weights(self) -> np.ndarray:
+        """`weights` with a mean of 1, float32 (N,); ones where there are none."""
+        if self.weights is None:
+            return np.ones(len(self), np.float32)
+        return (self.weights / self.weights.mean()).astype(np.float32)
 
     def statistics(self) -> np.ndarray:
         """Pooled features with mean, standard deviation and maximum over places of each patch channel, (N, D + 3 C).
@@ -53,15 +67,17 @@ class Features:
             self.pooled[pick],
             None if self.patches is None else self.patches[pick],
             pixels=None if self.pixels is None else self.pixels[pick],
+            weights=None if self.weights is None else self.weights[pick],
         )
 
     @staticmethod
     def join(parts: Sequence[Features]) -> Features:
-        """Features of several sets, one after the other. Patches, or pixels, that one of them lacks are left out."""
+        """Features of several sets, one after the other. What one of them lacks (patches, pixels) is left out."""
         return Features(
             np.concatenate([p.pooled for p in parts]),
             _joined([p.patches for p in parts]),
             pixels=_joined([p.pixels for p in parts]),
+            weights=_joined([p.weights for p in parts]),
         )
 
 

@@ -1,5 +1,7 @@
 """One contract, every detector."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 
 KINDS = tuple(DETECTORS)
+ONE_CLASS = ("knn", "mahalanobis")
 
 
 def _config(kind: str):
@@ -80,6 +83,24 @@ def test_fitting_repeats_and_leaves_the_global_random_state_alone(kind):
 
 def test_the_seed_matters_to_simplenet():
     assert not np.array_equal(_fitted("simplenet", seed=1).score(TEST), _fitted("simplenet", seed=2).score(TEST))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONE_CLASS])
+def test_what_weighs_more_among_anomalies_scores_more(kind):
+    """Two sorts of anomalies, on two sides: each scores the more beside the other, the more it weighs."""
+    sorts = [_features(20, 5, 0.6), _features(20, 6, -0.6)]
+    margins = []
+    for weights in ((50, 1), (1, 1), (1, 50)):
+        detector = build(_config(kind))
+        both = replace(Features.join(sorts), weights=np.repeat(weights, 20).astype(np.float32))
+        detector.fit(NORMALS, both, VALIDATION, 0)
+        margins.append(np.median(detector.score(sorts[0])) - np.median(detector.score(sorts[1])))
+    assert margins[0] > margins[1] > margins[2]
+
+
+@pytest.mark.parametrize("kind", ONE_CLASS)
+def test_one_class_detectors_ignore_anomalies(kind):
+    assert np.array_equal(_fitted(kind).score(TEST), _fitted(kind, None).score(TEST))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,12 +51,21 @@ def test_taking_and_joining_keep_rows_together() -> None:
         rng.random((4, 3), np.float32),
         rng.random((4, 2, 2, 5)).astype(np.float16),
         pixels=rng.integers(0, 256, (4, 32, 32, 3), np.uint8),
+        weights=np.arange(1, 5, dtype=np.float32),
     )
     taken = Features.join([features.take([3]), features.take([1, 0])])
-    for name in ("pooled", "patches", "pixels"):
+    for name in ("pooled", "patches", "pixels", "weights"):
         assert np.array_equal(getattr(taken, name), getattr(features, name)[[3, 1, 0]]), name
     bare = Features.join([features, Features(features.pooled)])
-    assert (len(bare), bare.patches, bare.pixels) == (8, None, None)
+    assert (len(bare), bare.patches, bare.pixels, bare.weights) == (8, None, None, None)
+
+
+def test_weights_have_a_mean_of_one_and_are_those_of_the_views_too() -> None:
+    images, views = Features(np.zeros((2, 3), np.float32)), Features(np.ones((4, 3), np.float32))
+    weighted = Features(images.pooled, None, views, weights=np.array([1, 3], np.float32))
+    assert weighted.relative_weights().tolist() == [0.5, 1.5]
+    assert weighted.with_views().relative_weights().tolist() == [0.5, 1.5, 0.5, 0.5, 1.5, 1.5]
+    assert images.relative_weights().tolist() == [1, 1]
 
 
 def test_views_follow_their_images() -> None:

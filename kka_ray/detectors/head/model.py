@@ -36,10 +36,15 @@ class LinearHeadDetector(Detector):
         """
         if anomalies is None or len(anomalies) == 0:
             raise ValueError(f"the detector {self.config.kind} learns from anomalies and was given none")
-        of_normals, of_anomalies = normals.with_views().pooled, anomalies.with_views().pooled
-        x = np.concatenate([of_normals, of_anomalies]).astype(np.float64)
-        y = np.repeat([0, 1], [len(of_normals), len(of_anomalies)])
-        model = LogisticRegression(C=self.config.c, class_weight="balanced", max_iter=2000).fit(x, y)
+        known, labelled = normals.with_views(), anomalies.with_views()
+        x = np.concatenate([known.pooled, labelled.pooled]).astype(np.float64)
+        y = np.repeat([0, 1], [len(known), len(labelled)])
+        # Balanced: normals and anomalies weigh half of all rows each, before the weights of the configuration.
+        each = self.config.anomaly_weight * len(x) / (2 * len(labelled))
+        weights = np.concatenate(
+            [np.full(len(known), len(x) / (2 * len(known))), each * labelled.relative_weights().astype(np.float64)]
+        )
+        model = LogisticRegression(C=self.config.c, max_iter=2000).fit(x, y, sample_weight=weights)
         self._weight = torch.from_numpy(model.coef_[0].copy())
         self._bias = float(model.intercept_[0])
         if self.config.kind == "fused":

@@ -48,8 +48,9 @@ class SimpleNetDetector(Detector):
         if anomalies is not None:
             # Views of anomalies alone would teach the discriminator what a view is.
             x = torch.from_numpy(normals.with_views().statistics())
-            negatives = torch.from_numpy(anomalies.with_views().statistics())
-            drawn = _image_negatives(negatives, config.batch, generator)
+            labelled = anomalies.with_views()
+            negatives = torch.from_numpy(labelled.statistics())
+            drawn = _image_negatives(negatives, _random_rows(labelled, config.batch, generator))
         self._train(image, x, _image_batch, drawn, generator)
 
         grid = _patches(normals)
@@ -172,8 +173,16 @@ def _mix(x: Tensor, generator: torch.Generator) -> Tensor:
     return share * x + (1 - share) * x[torch.randperm(len(x), generator=generator)]
 
 
-def _image_negatives(anomalies: Tensor, batch: int, generator: torch.Generator) -> Callable[[], Tensor]:
-    return lambda: anomalies[torch.randint(len(anomalies), (batch,), generator=generator)]
+def _random_rows(anomalies: Features, count: int, generator: torch.Generator) -> Callable[[], Tensor]:
+    """Draws `count` rows, each in proportion to its weight."""
+    if anomalies.weights is None:
+        return lambda: torch.randint(len(anomalies), (count,), generator=generator)
+    weights = torch.from_numpy(anomalies.relative_weights())
+    return lambda: torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def _image_negatives(anomalies: Tensor, rows: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: anomalies[rows()]
 
 
 def _patch_negatives(
@@ -182,10 +191,10 @@ def _patch_negatives(
     """The `most` most anomalous patches of random anomaly images: the rest of such an image is mostly normal."""
     if anomalies is None:
         return None
-    grid = _patches(anomalies)
+    grid, rows = _patches(anomalies), _random_rows(anomalies, _PATCH_ANOMALIES, generator)
 
     def pick() -> Tensor:
-        images = grid[torch.randint(len(grid), (_PATCH_ANOMALIES,), generator=generator)].float()
+        images = grid[rows()].float()
         with torch.no_grad():
             places = branch(images).topk(min(most, images.shape[1]), largest=False).indices
         return images.gather(1, places[..., None].expand(-1, -1, images.shape[2])).flatten(0, 1)
