@@ -220,11 +220,10 @@ def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: l
     return store.get_or_make("features", FEATURES_VERSION, inputs, lambda a: write_features(a, features)).key
 
 
-def _wanted(detector: Detector, arm: Arm) -> bool:
+def _wanted(config: Detector, arm: Arm) -> bool:
     """Detectors that ignore anomalies have one arm, those that need them all but the first."""
-    if detector.kind in ("knn", "mahalanobis"):
-        return arm.name == BASELINE
-    return arm.name != BASELINE or not build(detector).needs_anomalies
+    detector = build(config)
+    return not detector.needs_anomalies if arm.name == BASELINE else not detector.ignores_anomalies
 
 
 def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:

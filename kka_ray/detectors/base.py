@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
+from kka_ray.detectors.training import ALONE, Training
 from kka_ray.features.base import Features
 
 
@@ -25,6 +26,13 @@ class Detector(ABC):
 
     needs_anomalies: ClassVar[bool] = False
     """Whether `fit` raises ValueError without anomalies."""
+
+    ignores_anomalies: ClassVar[bool] = False
+    """Whether anomalies make no difference to `fit`."""
+
+    training: Training = ALONE
+    """How gradient steps are run; who shares them among workers sets it before `fit`. A detector that does not look at
+    it computes the whole on every worker."""
 
     @abstractmethod
     def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from kka_ray.config.models import SimpleNet
@@ -18,8 +19,32 @@ def _branch(noise: float = 1.0) -> tuple[Branch, torch.Tensor]:
 
 def test_the_loss_is_truncated_at_the_margin():
     outputs = torch.tensor([1.0, 0.5, 0.0, -1.0])
-    assert float(truncated_l1(outputs, 0.5, normal=True)) == (0 + 0 + 0.5 + 1.5) / 4
-    assert float(truncated_l1(outputs, 0.5, normal=False)) == (1.5 + 1.0 + 0.5 + 0) / 4
+    assert truncated_l1(outputs, 0.5, normal=True).tolist() == [0, 0, 0.5, 1.5]
+    assert truncated_l1(outputs, 0.5, normal=False).tolist() == [1.5, 1.0, 0.5, 0]
+
+
+@pytest.mark.parametrize("anomalies", [7, 0])
+def test_the_gradients_are_those_of_the_loss(anomalies):
+    branch, x = _branch()
+    normals, negatives = branch.standardise(x[:40]), branch.standardise(x[40 : 40 + anomalies] + 2)
+    noise = torch.randn(40, 8, generator=torch.Generator().manual_seed(2))
+    z = branch.adaptor(normals)
+    loss = truncated_l1(branch.discriminate(z), 0.5, normal=True).mean()
+    loss = loss + truncated_l1(branch.discriminate(z + noise), 0.5, normal=False).mean()
+    against = truncated_l1(branch.discriminate(branch.adaptor(negatives)), 0.5, normal=False)
+    (loss + 3 * against.sum() / 7).backward()
+    wanted = {name: p.grad.clone() for name, p in branch.named_parameters()}
+    branch.set_gradients(normals, noise, negatives, (1 / 40, 3 / 7), 0.5)
+    for name, parameter in branch.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_adaptor_starts_as_a_whitening():
+    _, x = _branch()
+    wide = Branch(12, 12, 16)
+    wide.start(x, 1e-4, 1.0, 0.5, torch.Generator().manual_seed(0))
+    z = wide.adaptor(wide.standardise(x))
+    torch.testing.assert_close(z.T @ z / len(z), torch.eye(12), rtol=0, atol=0.01)
 
 
 def test_the_start_is_a_falling_function_of_distance():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ _CHUNK = 2048
 
 class KnnDetector(Detector):
     """k-NN on pooled features; anomalies are ignored. Scores are cosine distances, 0 to 2."""
+
+    ignores_anomalies: ClassVar[bool] = True
 
     def __init__(self, config: Knn) -> None:
         self.config = config

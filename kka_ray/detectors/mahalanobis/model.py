@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from kka_ray.features.base import Features
 
 class MahalanobisDetector(Detector):
     """A Gaussian fitted to the pooled features of normals; anomalies are ignored."""
+
+    ignores_anomalies: ClassVar[bool] = True
 
     def __init__(self, config: Mahalanobis) -> None:
         self.config = config

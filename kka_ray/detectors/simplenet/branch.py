@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kka_ray.detectors.simplenet.loss import slope
+
+_SLOPE = 0.2
+"""Of the leaky ReLU where it leaks."""
 _STD_FLOOR = 0.05
 """Least deviation of a channel, as a share of the mean deviation: channels that normals never use stay bounded."""
 _MIN_STD = 1e-3
@@ -29,17 +33,49 @@ class Branch(nn.Module):
         self.hidden = nn.utils.skip_init(nn.Linear, width, hidden)
         self.tail = nn.utils.skip_init(nn.Linear, hidden, 1)
 
-    def adapt(self, x: Tensor) -> Tensor:
-        """Features (..., C) in the adapted space (..., width)."""
-        return self.adaptor((x - self.mean) / self.std)
+    def standardise(self, x: Tensor) -> Tensor:
+        """Features (..., C) with the mean and deviation of normals taken out."""
+        return (x - self.mean) / self.std
 
     def discriminate(self, z: Tensor) -> Tensor:
         """D (...) of adapted features (..., width)."""
-        return self.tail(F.leaky_relu(self.hidden(z), 0.2)).squeeze(-1)
+        return self.tail(F.leaky_relu(self.hidden(z), _SLOPE)).squeeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """D (...) of features (..., C)."""
-        return self.discriminate(self.adapt(x))
+        return self.discriminate(self.adaptor(self.standardise(x)))
+
+    @torch.no_grad()
+    def set_gradients(
+        self, normals: Tensor, noise: Tensor, negatives: Tensor, weights: tuple[float, float], margin: float
+    ) -> None:
+        """Sets the gradients of a step's loss: its sum over the rows, each times the weight of its kind.
+
+        normals: standardised features (N, C), N >= 0. noise: (N, width), added to the adapted normals for N negatives
+        of the same weight. negatives: standardised features (M, C), M >= 0. weights: of normals and of negatives.
+
+        The loss has no slope where the margin is met, which soon are most rows. Only the others are taken back through
+        the three layers, which is why this does without autograd.
+        """
+        count, more = len(normals), len(negatives)
+        x = torch.cat([normals, negatives])
+        z = self.adaptor(x)
+        z = torch.cat([z, z[:count] + noise])
+        row = torch.cat([torch.arange(count + more), torch.arange(count)])
+        sign = torch.cat([torch.ones(count), -torch.ones(more + count)])
+        weight = torch.tensor(weights).repeat_interleave(torch.tensor([count, more]))[row]
+        h = self.hidden(z)
+        d = slope(self.tail(F.leaky_relu(h, _SLOPE)).squeeze(-1), sign, margin) * weight
+        short = d.nonzero().squeeze(1)
+        d, h, z, x = d[short], h[short], z[short], x[row[short]]
+        self.tail.weight.grad = d[None] @ F.leaky_relu(h, _SLOPE)
+        self.tail.bias.grad = d.sum()[None]
+        to_hidden = d[:, None] * self.tail.weight * torch.where(h > 0, 1.0, _SLOPE)
+        self.hidden.weight.grad = to_hidden.T @ z
+        self.hidden.bias.grad = to_hidden.sum(0)
+        to_adaptor = to_hidden @ self.hidden.weight
+        self.adaptor.weight.grad = to_adaptor.T @ x
+        self.adaptor.bias.grad = to_adaptor.sum(0)
 
     @torch.no_grad()
     def start(self, x: Tensor, shrinkage: float, noise: float, margin: float, generator: torch.Generator) -> None:
@@ -54,7 +90,7 @@ class Branch(nn.Module):
         std = x.std(0, correction=0)
         self.std.copy_(std.clamp_min(max(_STD_FLOOR * float(std.mean()), _MIN_STD)))
         x = x[torch.randperm(len(x), generator=generator)[:_COVARIANCE_ROWS]]
-        self.adaptor.weight.copy_(self._whitening((x - self.mean) / self.std, shrinkage, generator))
+        self.adaptor.weight.copy_(self._whitening(self.standardise(x), shrinkage, generator))
         self.adaptor.bias.zero_()
         half, width = self.hidden.weight.shape[0] // 2, self.hidden.weight.shape[1]
         directions = torch.randn(half, width, generator=generator) / width**0.5
@@ -62,7 +98,7 @@ class Branch(nn.Module):
         self.hidden.bias.zero_()
         self.tail.weight.fill_(-1.0)
         self.tail.bias.zero_()
-        z = self.adapt(x[:2000])
+        z = self.adaptor(self.standardise(x[:2000]))
         near = self.discriminate(z).mean()
         far = self.discriminate(z + noise * torch.randn(z.shape, generator=generator)).mean()
         scale = 2 * margin / (near - far)
@@ -70,14 +106,16 @@ class Branch(nn.Module):
         self.tail.bias.fill_(float(-scale * (near + far) / 2))
 
     def _whitening(self, x: Tensor, shrinkage: float, generator: torch.Generator) -> Tensor:
-        """A matrix (width, C) that makes x (N, C) nearly white; shrinkage bounds the directions without variance."""
+        """A matrix (width, C) that makes x (N, C) nearly white; shrinkage bounds the directions without variance.
+
+        With the Cholesky factor L of the shrunk covariance L^-1 x is white; a random orthonormal frame makes of it what
+        it would make of any other whitening.
+        """
         x = x.double()
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        mean = float(values.mean())
-        shrunk = (1 - shrinkage) * values.clamp_min(0) + shrinkage * (mean if mean > 1e-6 else 1.0)
-        white = (vectors / shrunk.sqrt()) @ vectors.T
+        covariance = x.T @ x / len(x)
+        mean = float(covariance.diagonal().mean())
+        covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * (mean if mean > 1e-6 else 1.0))
         width = self.adaptor.weight.shape[0]
-        if width < len(white):
-            turn = torch.randn(len(white), width, generator=generator, dtype=torch.float64)
-            white = white @ torch.linalg.qr(turn)[0]
-        return white.T.float()
+        turn = torch.randn(len(covariance), width, generator=generator, dtype=x.dtype)
+        frame = torch.linalg.qr(turn)[0]
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance).T, frame, upper=True).T.float()

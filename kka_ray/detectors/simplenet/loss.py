@@ -1,4 +1,4 @@
-"""SimpleNet's loss."""
+"""SimpleNet's loss, of which training needs the slope only."""
 
 from __future__ import annotations
 
@@ -6,5 +6,10 @@ from torch import Tensor
 
 
 def truncated_l1(outputs: Tensor, margin: float, *, normal: bool) -> Tensor:
-    """Mean of max(0, margin - D) for normals, of max(0, margin + D) for negatives; outputs D of any shape."""
-    return (margin + (-outputs if normal else outputs)).clamp_min(0).mean()
+    """max(0, margin - D) of normals, max(0, margin + D) of negatives; outputs D of any shape."""
+    return (margin + (-outputs if normal else outputs)).clamp_min(0)
+
+
+def slope(outputs: Tensor, signs: Tensor, margin: float) -> Tensor:
+    """Derivative of `truncated_l1` with respect to D, (N,). `signs` (N,) is 1 for normals and -1 for negatives."""
+    return -signs * (signs * outputs < margin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from kka_ray.config.models import SimpleNet
 from kka_ray.detectors.base import Detector
 from kka_ray.detectors.simplenet.branch import Branch
-from kka_ray.detectors.simplenet.loss import truncated_l1
+from kka_ray.detectors.training import train
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
@@ -36,32 +36,45 @@ class SimpleNetDetector(Detector):
         """Trains both branches. Raises ValueError if features come without patches."""
         if anomalies is not None and len(anomalies) == 0:
             anomalies = None
-        sets = [normals, validation] + ([anomalies] if anomalies is not None else [])
-        for features in sets:
+        for features in (normals, validation, *([anomalies] if anomalies is not None else [])):
             _patches(features)
-        config = self.config
         generator = torch.Generator().manual_seed(seed)
-        x = torch.from_numpy(normals.statistics())
-        image = self._new_branch(x.shape[1])
-        image.start(x, config.shrinkage, config.noise, config.margin, generator)
-        drawn = None
-        if anomalies is not None:
-            # Views of anomalies alone would teach the discriminator what a view is.
-            x = torch.from_numpy(normals.with_views().statistics())
-            labelled = anomalies.with_views()
-            negatives = torch.from_numpy(labelled.statistics())
-            drawn = _image_negatives(negatives, _random_rows(labelled, config.batch, generator))
-        self._train(image, x, _image_batch, drawn, generator)
-
-        grid = _patches(normals)
-        patch = self._new_branch(grid.shape[2])
-        patch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
-        pick = _patch_batch(config.patches_per_image, generator)
-        hard = _patch_negatives(patch, anomalies, config.anomaly_patches, generator)
-        self._train(patch, grid, pick, hard, generator)
-
-        self._branches = {"image": image, "patch": patch}
+        self._branches = {
+            "image": self._fit_image(normals, anomalies, generator),
+            "patch": self._fit_patch(normals, anomalies, generator),
+        }
         self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
+
+    def _fit_image(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
+        config = self.config
+        x = torch.from_numpy(normals.statistics())
+        branch = self._new_branch(x.shape[1])
+        branch.start(x, config.shrinkage, config.noise, config.margin, generator)
+        x = branch.standardise(x)
+        if anomalies is None:
+            self._train("image", branch, len(x), lambda rows: x[rows], None, generator)
+            return branch
+        if normals.views is not None:
+            # Views of anomalies alone would teach the discriminator what a view is.
+            x = torch.cat([x, branch.standardise(torch.from_numpy(normals.views.statistics()))])
+        labelled = anomalies.with_views()
+        known = branch.standardise(torch.from_numpy(labelled.statistics()))
+        drawn = _random_rows(labelled, config.batch, generator)
+        self._train("image", branch, len(x), lambda rows: x[rows], lambda: known[drawn()], generator)
+        return branch
+
+    def _fit_patch(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
+        config, grid = self.config, _patches(normals)
+        branch = self._new_branch(grid.shape[2])
+        branch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
+
+        def pick(rows: Tensor) -> Tensor:
+            places = torch.randint(grid.shape[1], (len(rows), config.patches_per_image), generator=generator)
+            return branch.standardise(grid[rows[:, None], places].flatten(0, 1))
+
+        negatives = _worst_patches(branch, anomalies, config.anomaly_patches, generator)
+        self._train("patch", branch, len(grid), pick, negatives, generator)
+        return branch
 
     def score(self, features: Features) -> np.ndarray:
         """Image part plus `patch_weight` times the patch part (its worst patch), each standardised."""
@@ -94,34 +107,34 @@ class SimpleNetDetector(Detector):
 
     def _train(
         self,
+        name: str,
         branch: Branch,
-        data: Tensor,
-        pick: Callable[[Tensor, Tensor], Tensor],
+        count: int,
+        pick: Callable[[Tensor], Tensor],
         negatives: Callable[[], Tensor] | None,
         generator: torch.Generator,
     ) -> None:
-        config, count = self.config, len(data)
-        discriminator = [*branch.hidden.parameters(), *branch.tail.parameters()]
+        """Trains with the standardised features that `pick` gives for each batch of `count` images' rows."""
+        config = self.config
         # The adaptor moves at a tenth of the rate, as in the authors' code.
         groups: list[dict[str, Any]] = [
             {"params": [*branch.adaptor.parameters()], "lr": config.learning_rate / 10},
-            {"params": discriminator},
+            {"params": [*branch.hidden.parameters(), *branch.tail.parameters()]},
         ]
-        optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=1e-5)
-        steps = config.epochs * -(-count // config.batch)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for rows in _batches(count, config.batch, config.epochs, generator):
-            z = branch.adapt(pick(data, rows))
-            noisy = z + config.noise * torch.randn(z.shape, generator=generator)
-            loss = truncated_l1(branch.discriminate(z), config.margin, normal=True)
-            loss = loss + truncated_l1(branch.discriminate(noisy), config.margin, normal=False)
-            if negatives is not None:
-                outputs = branch(_mix(negatives(), generator))
-                loss = loss + config.anomaly_weight * truncated_l1(outputs, config.margin, normal=False)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=1e-5, fused=True)
+
+        def epoch(step: Callable[[], None]) -> None:
+            for rows in torch.randperm(count, generator=generator).split(config.batch):
+                x = pick(rows)
+                noise = config.noise * torch.randn(len(x), branch.adaptor.out_features, generator=generator)
+                against = x[:0] if negatives is None else _mix(negatives(), generator)
+                weights = (1 / len(x), config.anomaly_weight / max(len(against), 1))
+                own, others = self.training.rows(len(x)), self.training.rows(len(against))
+                branch.set_gradients(x[own], noise[own], against[others], weights, config.margin)
+                step()
+
+        steps = -(-count // config.batch)
+        train(name, branch, optimizer, config.epochs, steps, epoch, generator, self.training)
         branch.requires_grad_(False)
 
     @torch.no_grad()
@@ -150,23 +163,6 @@ def _sample_patches(grid: Tensor, generator: torch.Generator, limit: int = 100_0
     return flat[torch.randperm(len(flat), generator=generator)[:limit]].float()
 
 
-def _batches(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(batch)
-
-
-def _image_batch(data: Tensor, rows: Tensor) -> Tensor:
-    return data[rows]
-
-
-def _patch_batch(per_image: int, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
-    def pick(data: Tensor, rows: Tensor) -> Tensor:
-        places = torch.randint(data.shape[1], (len(rows), per_image), generator=generator)
-        return data[rows[:, None], places].reshape(-1, data.shape[2]).float()
-
-    return pick
-
-
 def _mix(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random points between the rows of x (N, C) and others of them: a few anomalies are soon known by heart."""
     share = torch.rand(len(x), 1, generator=generator)
@@ -181,11 +177,7 @@ def _random_rows(anomalies: Features, count: int, generator: torch.Generator) ->
     return lambda: torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
-def _image_negatives(anomalies: Tensor, rows: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: anomalies[rows()]
-
-
-def _patch_negatives(
+def _worst_patches(
     branch: Branch, anomalies: Features | None, most: int, generator: torch.Generator
 ) -> Callable[[], Tensor] | None:
     """The `most` most anomalous patches of random anomaly images: the rest of such an image is mostly normal."""
@@ -193,10 +185,10 @@ def _patch_negatives(
         return None
     grid, rows = _patches(anomalies), _random_rows(anomalies, _PATCH_ANOMALIES, generator)
 
+    @torch.no_grad()
     def pick() -> Tensor:
-        images = grid[rows()].float()
-        with torch.no_grad():
-            places = branch(images).topk(min(most, images.shape[1]), largest=False).indices
+        images = branch.standardise(grid[rows()])
+        places = branch.discriminate(branch.adaptor(images)).topk(min(most, images.shape[1]), largest=False).indices
         return images.gather(1, places[..., None].expand(-1, -1, images.shape[2])).flatten(0, 1)
 
     return pick

@@ -1,0 +1,98 @@
+"""How a detector's gradient steps are run: in one process, or shared by several; and how they go on after a break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+
+class Training:
+    """Gradient steps in one process, without checkpoints. `kka_ray.cluster.shards` shares and keeps them.
+
+    Every worker draws the same batches from the same generator, computes the gradients of its `rows` of each, divided
+    by the size of the whole batch, and adds them to those of the others. So the number of workers changes no more than
+    the order of additions.
+    """
+
+    def rows(self, count: int) -> slice:
+        """This worker's part of a batch of `count` rows; the parts of all workers cover it once. It may be empty."""
+        return slice(0, count)
+
+    def add(self, gradients: Iterable[Tensor]) -> None:
+        """Replaces each gradient by its sum over the workers; every worker calls it with the same ones."""
+
+    def read(self, name: str) -> bytes | None:
+        """The latest checkpoint kept under `name`, None if there is none."""
+        return None
+
+    def keep(self, name: str, content: Callable[[], bytes]) -> None:
+        """Offers a checkpoint; whether it is written may depend on how long ago the last one was."""
+
+
+ALONE = Training()
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    steps: int,
+    epoch: Callable[[Callable[[], None]], None],
+    generator: torch.Generator,
+    training: Training,
+) -> None:
+    """Runs `epoch(step)` `epochs` times. It sets the gradients of `steps` batches and calls `step` after each.
+
+    `step` adds up the gradients of the workers and moves the parameters, at a rate that falls from the optimizer's own
+    to 0 on a cosine. Training goes on after the last epoch that was kept under `name`, with the same result.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    done = 0
+    content = training.read(name)
+    if content is not None:
+        done = _restore(load(content), module, optimizer, generator)
+    taken = done * steps
+
+    def step() -> None:
+        nonlocal taken
+        training.add([p.grad for p in parameters if p.grad is not None])
+        share = (1 + math.cos(math.pi * taken / (epochs * steps))) / 2
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        optimizer.step()
+        optimizer.zero_grad()
+        taken += 1
+
+    for number in range(done, epochs):
+        epoch(step)
+        training.keep(name, lambda done=number + 1: save(_state(done, module, optimizer, generator)))  # type: ignore[misc]
+
+
+def _state(
+    done: int, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, Tensor]:
+    tensors = {f"module.{k}": v.detach().clone() for k, v in module.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v.clone() for k, v in values.items() if v is not None}
+    return tensors | {"generator": generator.get_state(), "epochs": torch.tensor(done)}
+
+
+def _restore(
+    tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> int:
+    """Puts a checkpoint in place and returns the number of its epochs."""
+    module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+    return int(tensors["epochs"])

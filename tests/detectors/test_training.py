@@ -1,0 +1,106 @@
+"""Gradient steps: shared by workers or alone, in one go or after a break, the result is the same."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from kka_ray.config.models import SimpleNet
+from kka_ray.detectors import build
+from kka_ray.detectors.training import ALONE, Training
+from kka_ray.features.base import Features
+
+
+def _features(count: int, seed: int, shift: float = 0.0) -> Features:
+    rng = np.random.default_rng(seed)
+    pooled, patches = rng.standard_normal((count, 12)) + shift, rng.standard_normal((count, 3, 3, 6)) + shift
+    return Features(pooled.astype(np.float32), patches.astype(np.float16))
+
+
+NORMALS, VALIDATION, ANOMALIES, TEST = (_features(70, 0), _features(30, 1), _features(9, 2, 1.0), _features(40, 3, 0.5))
+CONFIGS = {"simplenet": SimpleNet(epochs=4, batch=16)}
+"""The detectors that share their steps."""
+
+
+def _scores(kind: str, training: Training) -> np.ndarray:
+    detector = build(CONFIGS[kind])
+    detector.training = training
+    detector.fit(NORMALS, ANOMALIES, VALIDATION, 0)
+    return detector.score(TEST)
+
+
+class _Threads(Training):
+    """Shares steps among threads of this process; stands in for a process group."""
+
+    def __init__(self, rank: int, workers: int, barrier: threading.Barrier, board: dict) -> None:
+        self.rank, self.workers, self.barrier, self.board = rank, workers, barrier, board
+
+    def rows(self, count: int) -> slice:
+        return slice(self.rank * count // self.workers, (self.rank + 1) * count // self.workers)
+
+    def add(self, gradients) -> None:
+        self.board[self.rank] = [g.clone() for g in gradients]
+        self.barrier.wait()
+        for i, gradient in enumerate(gradients):
+            gradient.copy_(sum(self.board[r][i] for r in range(self.workers)))
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_that_share_the_steps_end_where_one_does(kind, workers):
+    barrier, board, scores = threading.Barrier(workers, timeout=60), {}, {}
+
+    def work(rank: int) -> None:
+        try:
+            scores[rank] = _scores(kind, _Threads(rank, workers, barrier, board))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = _scores(kind, ALONE)
+    for rank in range(workers):
+        np.testing.assert_allclose(scores[rank], alone, rtol=1e-3, atol=1e-3)
+
+
+class _Kept(Training):
+    """Keeps every checkpoint in memory, and breaks off after some."""
+
+    def __init__(self, kept: dict[str, bytes], left: int) -> None:
+        self.kept, self.left = kept, left
+
+    def read(self, name: str) -> bytes | None:
+        return self.kept.get(name)
+
+    def keep(self, name, content) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.kept[name] = content()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("epochs", [1, 3, 6])
+def test_after_a_break_it_ends_where_it_would_have(kind, epochs):
+    kept: dict[str, bytes] = {}
+    with pytest.raises(KeyboardInterrupt):
+        _scores(kind, _Kept(kept, epochs))
+    again = _Kept(kept, 1000)
+    assert np.array_equal(_scores(kind, again), _scores(kind, ALONE))
+    assert 1000 - again.left == 8 - epochs  # two branches of four epochs
+
+
+def test_the_gradients_of_an_empty_part_are_zero():
+    class Spectator(_Kept):
+        def rows(self, count: int) -> slice:
+            return slice(0, 0)
+
+    before = torch.get_rng_state()
+    assert np.isfinite(_scores("simplenet", Spectator({}, 1000))).all()
+    assert torch.equal(torch.get_rng_state(), before)
