@@ -1,140 +1,314 @@
 """Pools of long-lived actors that work off chunks, with a bounded number of chunks in flight.
 
-A chunk is a task with a number. Results come back as they are ready; the numbers say which they are. An actor that
-dies is started again by Ray and its chunks are done anew; a chunk that takes longer than the limit has its actor
-killed, which comes to the same.
+A chunk is a task with a number. Results come back as they are ready; the numbers say which they are. A worker that
+dies is replaced, and its chunks are done anew. A chunk that fails `cluster.chunk_attempts` times, by a crash, by an
+exception or by taking longer than `cluster.chunk_timeout`, is searched by halving for the rows at fault, without
+keeping what the parts make. Then the whole chunk is done again without those rows: what it makes depends on the chunk
+and on the rows at fault alone, and never on who was killed when.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from kka_ray.errors import KkaError, StageError
+from kka_ray.config.models import ClusterConfig
+from kka_ray.errors import KkaError, ResourceError, StageError
+
+log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Running:
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Rows that are done together."""
+
+    rows: tuple[tuple[Any, ...], ...]
+    """The first field of a row is its id."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by id of rows that are not to be tried: they become rows with that reason."""
+
+    def part(self, start: int, stop: int) -> Self:
+        """The same for some of the rows."""
+        return replace(self, rows=self.rows[start:stop])
+
+
+@dataclass(eq=False)
+class _Item:
+    """A chunk, or within a search a part of one."""
+
     number: int
-    worker: int
-    started: float | None = None
+    task: Task
+    search: _Search | None = None
+    start: int = 0
+    """Of a part: its first row within the chunk."""
+    failures: int = 0
+    searches: int = 0
+    """Times that the chunk was searched without finding a row at fault."""
+    reference: Any = None
+
+
+@dataclass(eq=False)
+class _Search:
+    """The search for the rows at fault in a chunk."""
+
+    item: _Item
+    open: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Worker:
+    actor: Any
+    loading: Any
+    """Reference of the call that loads its engine; None once it is ready."""
+    since: float
+    """When it began to load, or began with the chunk in front."""
+    items: deque[_Item] = field(default_factory=deque)
+    """In the order in which it does them."""
+    ended: str = ""
+    """Why we ended it."""
 
 
 @dataclass
 class Pool:
-    """Actors made by `make_actor`, each with a method `work(task)`.
+    """Actors with the methods `load()`, `work(task)` and `probe(task)`; `probe` does the work and keeps nothing.
 
     Args:
         name: what the pool does, for messages.
-        make_actor: starts an actor; called once a worker.
+        make_actor: starts an actor.
         workers: number of actors.
-        in_flight: chunks that an actor may have at a time, the one it works on included.
-        timeout: seconds that a chunk may take.
+        config: limits.
+        found: hears of every row at fault: (id, reason). It may raise to end the run.
     """
 
     name: str
     make_actor: Callable[[], Any]
     workers: int
-    in_flight: int
-    timeout: float
-    _actors: list[Any] = field(default_factory=list)
-    _waiting: deque[tuple[int, Any]] = field(default_factory=deque)
-    _running: dict[Any, _Running] = field(default_factory=dict)
+    config: ClusterConfig
+    found: Callable[[str, str], None] = lambda id_, reason: None
+    _workers: list[_Worker] = field(default_factory=list)
+    _waiting: deque[_Item] = field(default_factory=deque)
+    _owner: dict[Any, _Worker] = field(default_factory=dict)
+    _bad_starts: int = 0
+    """Workers in succession that died before they were ready."""
+    _idle_since: float = 0.0
+    """Since when no worker was ready."""
 
-    def submit(self, number: int, task: Any) -> None:
+    def submit(self, number: int, task: Task) -> None:
         """Queues a chunk. The actors start with the first one."""
-        self._start()
-        self._waiting.append((number, task))
+        self._waiting.append(_Item(number, task))
         self._fill()
-
-    @property
-    def actors(self) -> list[Any]:
-        """The actors, for calls outside the queue."""
-        self._start()
-        return list(self._actors)
 
     @property
     def busy(self) -> bool:
         """Whether any chunk is queued or in flight."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting) or any(w.items for w in self._workers)
 
     @property
     def references(self) -> list[Any]:
-        """The object references of the chunks in flight."""
-        return list(self._running)
+        """What to wait for: the chunks in flight, and the workers that load."""
+        return list(self._owner)
 
-    def take(self, reference: Any) -> tuple[int, Any]:
-        """The number and result of a chunk that `ray.wait` found ready. Raises StageError if the chunk failed."""
-        running = self._running.pop(reference)
-        try:
-            result = ray.get(reference)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, KkaError):
-                raise cause from None
-            raise StageError(f"{self.name}: chunk {running.number} failed: {error}") from error
-        except RayActorError as error:
-            raise StageError(
-                f"{self.name}: chunk {running.number} was lost although its worker was started again as often as "
-                f"cluster.max_restarts allows: {error}"
-            ) from error
+    def collect(self) -> list[tuple[int, Any]]:
+        """(chunk number, result) of what is ready. Replaces dead and hung workers, and hands out more chunks.
+
+        Raises StageError if workers cannot be started or a chunk fails for no row's sake, ResourceError if none gets
+        a place, and the errors of ours that a worker raised.
+        """
+        results = []
+        waited_for = self.references
+        ready = set(ray.wait(waited_for, num_returns=len(waited_for), timeout=0)[0]) if waited_for else set()
+        for worker in list(dict.fromkeys(self._owner[reference] for reference in ready)):
+            results += self._look_at(worker, ready)
+        self._end_hung()
         self._fill()
-        return running.number, result
-
-    def end_hung(self) -> None:
-        """Kills the actor of a chunk that has been worked on for longer than the limit; Ray starts it again."""
-        now = time.monotonic()
-        first: dict[int, _Running] = {}
-        for running in self._running.values():
-            first.setdefault(running.worker, running)
-        for worker, running in first.items():
-            if running.started is None:
-                running.started = now
-            elif now - running.started > self.timeout:
-                running.started = now
-                ray.kill(self._actors[worker], no_restart=False)
+        return results
 
     def stop(self) -> None:
         """Ends the actors and forgets what they were doing."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors.clear()
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers.clear()
         self._waiting.clear()
-        self._running.clear()
+        self._owner.clear()
 
-    def _start(self) -> None:
-        if not self._actors:
-            self._actors = [self.make_actor() for _ in range(self.workers)]
+    # --- workers ---
+
+    def _start_worker(self) -> _Worker:
+        actor = self.make_actor()
+        worker = _Worker(actor, actor.load.remote(), time.monotonic())
+        self._owner[worker.loading] = worker
+        return worker
+
+    def _look_at(self, worker: _Worker, ready: set[Any]) -> list[tuple[int, Any]]:
+        """What a worker has done, in its order, up to where it died if it did."""
+        if worker.loading is not None:
+            if worker.loading in ready:
+                self._loaded(worker)
+            return []
+        results = []
+        while worker.items and worker.items[0].reference in ready:
+            item = worker.items[0]
+            try:
+                result = ray.get(item.reference)
+            except RayActorError as error:
+                self._replace(worker, str(error))
+                break
+            except RayTaskError as error:
+                if isinstance(error.cause, KkaError):
+                    raise error.cause from None
+                self._let_go(worker)
+                self._failed(item, f"{type(error.cause).__name__}: {error.cause}")
+                if type(error.cause).__name__ == "AcceleratorError":
+                    self._replace(worker, "its device is lost")
+                    break
+            except RayError as error:  # an argument or a result was lost, as with a node
+                self._let_go(worker)
+                self._failed(item, f"{type(error).__name__}: {error}")
+            else:
+                self._let_go(worker)
+                results += self._done(item, result)
+        return results
+
+    def _loaded(self, worker: _Worker) -> None:
+        try:
+            ray.get(worker.loading)
+        except RayActorError as error:
+            self._bad_starts += 1
+            if self._bad_starts > self.config.max_restarts:
+                raise StageError(
+                    f"{self.name}: {self._bad_starts} workers in succession died as they started; the last: {error}"
+                ) from error
+            self._replace(worker, str(error))
+        except RayTaskError as error:
+            if isinstance(error.cause, KkaError):
+                raise error.cause from None
+            raise StageError(f"{self.name}: a worker cannot load its model: {error}") from error
+        else:
+            self._bad_starts = 0
+            del self._owner[worker.loading]
+            worker.loading = None
+
+    def _let_go(self, worker: _Worker) -> None:
+        """The chunk in front is done with; the next one's time begins."""
+        del self._owner[worker.items.popleft().reference]
+        worker.since = time.monotonic()
+
+    def _replace(self, worker: _Worker, why: str) -> None:
+        """Another worker for one that is gone: the chunk it worked on has failed once, the rest is queued again."""
+        log.warning("%s: a worker is replaced: %s", self.name, worker.ended or why.splitlines()[0])
+        ray.kill(worker.actor)  # it may be unreachable only
+        for reference in (worker.loading, *(item.reference for item in worker.items)):
+            self._owner.pop(reference, None)
+        first, *others = worker.items or [None]
+        self._waiting.extendleft(item for item in reversed(others) if item)
+        if first:
+            self._failed(first, worker.ended or "the worker's process died")
+        self._workers[self._workers.index(worker)] = self._start_worker()
+
+    def _end_hung(self) -> None:
+        """Kills workers that take too long over a chunk; what becomes of it is seen when their death is."""
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.items and not worker.ended and now - worker.since > self.config.chunk_timeout:
+                worker.ended = f"not done within {self.config.chunk_timeout:g} s"
+                ray.kill(worker.actor)
+        if any(worker.loading is None for worker in self._workers):
+            self._idle_since = now
+        elif self._workers and self._waiting and now - self._idle_since > self.config.start_timeout:
+            raise ResourceError(
+                f"{self.name}: no worker was ready within {self.config.start_timeout:g} s. Its place may be taken by "
+                "others (`ray status`), or loading takes longer than cluster.start_timeout"
+            )
 
     def _fill(self) -> None:
-        load = [0] * len(self._actors)
-        for running in self._running.values():
-            load[running.worker] += 1
-        while self._waiting:
-            worker = min(range(len(load)), key=load.__getitem__)
-            if load[worker] >= self.in_flight:
+        """Hands chunks to the workers that have the fewest."""
+        if self._waiting and not self._workers:
+            self._idle_since = time.monotonic()
+            self._workers = [self._start_worker() for _ in range(self.workers)]
+        ready = [worker for worker in self._workers if worker.loading is None and not worker.ended]
+        while self._waiting and ready:
+            worker = min(ready, key=lambda w: len(w.items))
+            load = len(worker.items)
+            # A chunk that waits at a worker cannot go to one that is free sooner: near the end none waits there.
+            if load >= self.config.in_flight or (load and len(self._waiting) <= len(self._workers)):
                 return
-            number, task = self._waiting.popleft()
-            self._running[self._actors[worker].work.remote(task)] = _Running(number, worker)
-            load[worker] += 1
+            item = self._waiting.popleft()
+            call = worker.actor.probe if item.search else worker.actor.work
+            item.reference = call.remote(item.task)
+            if not worker.items:
+                worker.since = time.monotonic()
+            worker.items.append(item)
+            self._owner[item.reference] = worker
+
+    # --- what fails ---
+
+    def _done(self, item: _Item, result: Any) -> list[tuple[int, Any]]:
+        if item.search is None:
+            return [(item.number, result)]
+        self._close(item.search)
+        return []
+
+    def _failed(self, item: _Item, reason: str) -> None:
+        """Another attempt, or a closer look at the rows."""
+        item.failures += 1
+        alone = len(item.task.rows) == 1
+        again = item.failures < self.config.chunk_attempts and (alone or item.search is None)
+        if again:
+            self._waiting.appendleft(item)
+        elif item.search is None:
+            self._probe(_Search(item), item, 0)
+        elif not alone:
+            self._probe(item.search, item, item.start)
+            self._close(item.search)
+        else:
+            id_ = item.task.rows[0][0]
+            item.search.failed[id_] = reason
+            self.found(id_, reason)
+            self._close(item.search)
+
+    def _probe(self, search: _Search, item: _Item, start: int) -> None:
+        """Queues the halves of a chunk or of a part of it; a single row is a part by itself."""
+        count = len(item.task.rows)
+        for a, b in (((count + 1) // 2, count), (0, (count + 1) // 2)):
+            if b > a:
+                search.open += 1
+                self._waiting.appendleft(_Item(item.number, item.task.part(a, b), search, start + a))
+
+    def _close(self, search: _Search) -> None:
+        """A part is done with. After the last one the whole chunk is done again, without the rows at fault."""
+        search.open -= 1
+        if search.open:
+            return
+        item = search.item
+        item.failures = 0
+        if not search.failed:
+            item.searches += 1
+            if item.searches > self.config.chunk_attempts:
+                raise StageError(
+                    f"{self.name}: chunk {item.number} of {len(item.task.rows)} rows fails again and again, although "
+                    "none of its rows fails alone; memory that does not suffice for all at once would look like this: "
+                    "lower describe.chunk or render.chunk"
+                )
+        item.task = replace(item.task, failed={**item.task.failed, **search.failed})
+        self._waiting.appendleft(item)
 
 
-def drain(pools: Sequence[Pool], poll: float = 5.0) -> Iterator[tuple[Pool, int, Any]]:
+def drain(pools: Sequence[Pool], poll: float = 1.0) -> Iterator[tuple[Pool, int, Any]]:
     """(pool, chunk number, result) of every chunk as it is ready, until all pools are idle.
 
     The caller may submit more chunks, to any of the pools, between two results: so one stage feeds the next.
     """
     while any(pool.busy for pool in pools):
-        owner = {reference: pool for pool in pools for reference in pool.references}
-        ready, _ = ray.wait(list(owner), num_returns=1, timeout=poll)
-        for reference in ready:
-            number, result = owner[reference].take(reference)
-            yield owner[reference], number, result
+        references = [reference for pool in pools for reference in pool.references]
+        ray.wait(references, num_returns=1, timeout=poll)
         for pool in pools:
-            pool.end_hung()
+            for number, result in pool.collect():
+                yield pool, number, result

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 
 from kka_ray import assets, versions
+from kka_ray.cluster.budget import BudgetError, ErrorBudget
 from kka_ray.cluster.pool import Pool, drain
-from kka_ray.cluster.workers import RenderTask, RenderWorker, SamplerWorker, SampleTask, start
+from kka_ray.cluster.workers import RenderTask, RenderWorker, SamplerWorker, SampleTask, ScoreTask, line_ids, start
 from kka_ray.config.models import RunConfig
 from kka_ray.data.decode import decode
 from kka_ray.describe.guard import Guard
@@ -19,7 +19,7 @@ from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features
 from kka_ray.prepare import Prepared, feature_inputs
 from kka_ray.records import Description, Prompt, Rendering, from_table
-from kka_ray.store import Store
+from kka_ray.store import Output, Store
 
 NORMALS_ROUND = -1
 """What `Rendering.round` says of drawn normal captions, which belong to no round."""
@@ -51,30 +51,19 @@ class Streamer:
         cluster = config.cluster
         self.normals = Drawn()
         """The normal captions that were drawn, once a round has run after `submit_normals`."""
-        self._normal_keys: dict[int, str] = {}
         self.sampler_identity = assets.resolve(config.describe.sampler.model).identity
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
         self._samplers = Pool(
             "samplers",
-            lambda: start(SamplerWorker, cluster.samplers, cluster.max_restarts, store.uri, config.describe),
+            lambda: start(SamplerWorker, cluster.samplers, store.uri, config.describe),
             cluster.samplers.workers,
-            cluster.in_flight,
-            cluster.chunk_timeout,
+            cluster,
         )
         self._renderers = Pool(
             "renderers",
-            lambda: start(
-                RenderWorker,
-                cluster.renderers,
-                cluster.max_restarts,
-                store.uri,
-                config.render,
-                config.backbone,
-                prepared.patches,
-            ),
+            lambda: start(RenderWorker, cluster.renderers, store.uri, config.render, config.backbone, prepared.patches),
             cluster.renderers.workers,
-            cluster.in_flight,
-            cluster.chunk_timeout,
+            cluster,
         )
 
     def close(self) -> None:
@@ -84,13 +73,15 @@ class Streamer:
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> list[list[float]]:
         """Token log-probabilities under the untuned model, shared out among the samplers."""
-        workers, size = self._samplers.actors, self.config.describe.chunk
+        rows = [(f"l{i:06d}", *pair) for i, pair in enumerate(zip(prompts, completions, strict=True))]
+        size = self.config.describe.chunk
+        budget = ErrorBudget("scoring the lines", len(rows), self.config.cluster)
+        self._samplers.found = lambda id_, reason: budget.add([id_], reason)
         # Parts of a fixed size: what is computed together must not depend on the number of workers.
-        parts = [
-            workers[k % len(workers)].log_probs.remote(prompts[i : i + size], completions[i : i + size], None)
-            for k, i in enumerate(range(0, len(prompts), size))
-        ]
-        return [row for part in ray.get(parts) for row in part]
+        for k, i in enumerate(range(0, len(rows), size)):
+            self._samplers.submit(k, ScoreTask(rows=tuple(rows[i : i + size])))
+        parts = {k: part for _, k, part in drain([self._samplers])}
+        return [row for k in sorted(parts) for row in parts[k]]
 
     def submit_normals(self) -> None:
         """Hands captions of training normals to the renderers; `run` collects them with its round's images."""
@@ -103,37 +94,85 @@ class Streamer:
     def run(
         self, prompts: list[Prompt], number: int, seed: int, adapter: str | None, progress: _Progress
     ) -> tuple[list[Description], Drawn]:
-        """Writes the round's lines, judges their text in order, and draws those that may be drawn."""
+        """Writes the round's lines, judges their text in order, and draws those that may be drawn.
+
+        Raises StageError if more rows fail than `cluster.max_failed_share` and `max_failed_rows` allow.
+        """
         tasks = self._sample_tasks(prompts, number, seed, adapter)
+        self._watch_failures(tasks, number)
         for i, sample_task in enumerate(tasks):
             self._samplers.submit(i, sample_task)
         written: dict[int, str] = {}
         descriptions: list[Description] = []
         drawn = Drawn()
-        rendered: dict[int, str] = {}
+        rendered: dict[int, Drawn] = {}
+        normals: dict[int, Drawn] = {}
         sizes: list[int] = []
         next_chunk = 0
-        for pool, i, key in drain([self._samplers, self._renderers]):
-            if pool is self._renderers and i < 0:
-                self._normal_keys[-1 - i] = key
-                continue
-            if pool is self._renderers:
-                rendered[i] = key
-                progress("render", number, sum(sizes[k] for k in rendered), sum(sizes))
-                continue
-            written[i] = key
-            # The guard remembers the lines before, so chunks pass it in their order, whatever came first.
-            while next_chunk in written:
-                accepted = self._read_chunk(written[next_chunk], number, descriptions, drawn)
-                for task in self._render_tasks(accepted, number):
-                    self._renderers.submit(len(sizes), task)
-                    sizes.append(len(task.rows))
-                next_chunk += 1
-            progress("describe", number, len(descriptions), self.config.loop.lines)
-        self._collect(rendered, drawn)
-        if not self.normals.renderings and self._normal_keys:
-            self._collect(self._normal_keys, self.normals)
+        try:
+            for pool, i, key in drain([self._samplers, self._renderers]):
+                if pool is self._renderers and i < 0:
+                    normals[-1 - i] = self._read_images(key)
+                    continue
+                if pool is self._renderers:
+                    rendered[i] = self._read_images(key)
+                    progress("render", number, sum(sizes[k] for k in rendered), sum(sizes))
+                    continue
+                written[i] = key
+                # The guard remembers the lines before, so chunks pass it in their order, whatever came first.
+                while next_chunk in written:
+                    accepted = self._read_chunk(written[next_chunk], number, descriptions, drawn)
+                    for task in self._render_tasks(accepted, number):
+                        self._renderers.submit(len(sizes), task)
+                        sizes.append(len(task.rows))
+                    next_chunk += 1
+                progress("describe", number, len(descriptions), self.config.loop.lines)
+        except BudgetError:
+            self._forget_failures()
+            raise
+        self._join(rendered, drawn)
+        if normals:
+            self._join(normals, self.normals)
         return descriptions, drawn
+
+    def _watch_failures(self, tasks: list[SampleTask], number: int) -> None:
+        """New error budgets for a round."""
+        config = self.config
+        images = config.loop.lines + (config.render.normals if not self.normals.renderings else 0)
+        self._lost_lines = ErrorBudget(f"writing the lines of round {number}", config.loop.lines, config.cluster)
+        self._lost_images = ErrorBudget(f"drawing the images of round {number}", images, config.cluster)
+        count = {id_: n for task in tasks for id_, _, n in task.rows}
+        self._samplers.found = lambda id_, reason: self._lost_lines.add(line_ids(number, id_, count[id_]), reason)
+        self._renderers.found = lambda id_, reason: self._lost_images.add([id_], reason)
+        self._failures: set[tuple[str, str]] = set()
+
+    def _read_images(self, key: str) -> Drawn:
+        """What a chunk drew; its failed rows count against the budget."""
+        output = self._output("render", key)
+        renderings = from_table(Rendering, output.table())
+        for row in renderings:
+            if row.status == "failed":
+                self._failures.add(("render", key))
+                self._lost_images.add([row.id], row.error)
+        good = [row for row in renderings if row.status == "ok"]
+        features = read_features(output, patches=self.prepared.patches)
+        return Drawn(
+            renderings,
+            [row.id for row in good],
+            [decode(row.image, row.id) for row in good],
+            features if features is not None else self.prepared.train.take([]),
+            seconds={"render": output.seconds},
+        )
+
+    def _forget_failures(self) -> None:
+        """Drops the chunks with failed rows from the store, so that the same command tries them again."""
+        for stage, key in self._failures:
+            self.store.remove(stage, key)
+
+    def _output(self, stage: str, key: str) -> Output:
+        output = self.store.find(stage, key)
+        assert output is not None, f"{stage}/{key} was reported but is not in the store"
+        return output
 
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
         config, lines = self.config.describe, self.config.loop.lines
@@ -147,7 +186,11 @@ class Streamer:
             chunks[-1].append(want)
         return [
             SampleTask(
-                tuple(chunk), number, seed * 10_000 + i, adapter, self._sample_inputs(chunk, seed * 10_000 + i, adapter)
+                rows=tuple(chunk),
+                round=number,
+                seed=seed * 10_000 + i,
+                adapter=adapter,
+                inputs=self._sample_inputs(chunk, seed * 10_000 + i, adapter),
             )
             for i, chunk in enumerate(chunks)
         ]
@@ -168,20 +211,22 @@ class Streamer:
         self, key: str, number: int, descriptions: list[Description], drawn: Drawn
     ) -> list[tuple[str, str, str]]:
         """Judges a chunk's lines; returns (id, text, prompt id) of those that may be drawn."""
-        output = self.store.find("sample", key)
-        assert output is not None, f"sample/{key} was reported but is not in the store"
+        output = self._output("sample", key)
         drawn.seconds["describe"] = drawn.seconds.get("describe", 0.0) + output.seconds
         rows = output.table().to_pylist()
-        drawn.raw += [(row["prompt_id"], row["raw"]) for row in rows]
+        good = [row for row in rows if not row["error"]]
+        drawn.raw += [(row["prompt_id"], row["raw"]) for row in good]
+        judged = dict(zip([row["id"] for row in good], self.guard.judge([row["raw"] for row in good]), strict=True))
         accepted = []
-        for row, (text, reason) in zip(rows, self.guard.judge([row["raw"] for row in rows]), strict=True):
-            descriptions.append(
-                Description(
-                    row["id"], row["prompt_id"], number, row["raw"], text, "rejected" if reason else "ok", reason
-                )
-            )
+        for row in rows:
+            id_, prompt_id, raw, error = row["id"], row["prompt_id"], row["raw"], row["error"]
+            if error:
+                self._failures.add(("sample", key))
+                self._lost_lines.add([id_], error)
+            text, reason = judged.get(id_, ("", f"error: {error}"))
+            descriptions.append(Description(id_, prompt_id, number, raw, text, "rejected" if reason else "ok", reason))
             if not reason:
-                accepted.append((row["id"], text, row["prompt_id"]))
+                accepted.append((id_, text, prompt_id))
         return accepted
 
     def _render_tasks(self, accepted: list[tuple[str, str, str]], number: int) -> list[RenderTask]:
@@ -207,23 +252,16 @@ class Streamer:
             "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
             "versions": versions.computing(),
         }
-        return RenderTask(tuple(seeded), number, normals, inputs)
+        return RenderTask(rows=tuple(seeded), round=number, normals=normals, inputs=inputs)
 
-    def _collect(self, rendered: dict[int, str], drawn: Drawn) -> None:
-        parts = []
-        for i in sorted(rendered):
-            output = self.store.find("render", rendered[i])
-            assert output is not None, f"render/{rendered[i]} was reported but is not in the store"
-            drawn.seconds["render"] = drawn.seconds.get("render", 0.0) + output.seconds
-            renderings = from_table(Rendering, output.table())
-            drawn.renderings += renderings
-            good = [r for r in renderings if r.status == "ok"]
-            drawn.ids += [r.id for r in good]
-            drawn.images += [decode(r.image, r.id) for r in good]
-            features = read_features(output, patches=self.prepared.patches)
-            if features is not None:
-                parts.append(features)
-        drawn.features = Features.join(parts) if parts else self.prepared.train.take([])
+    def _join(self, parts: dict[int, Drawn], drawn: Drawn) -> None:
+        """Adds the chunks' images in their order."""
+        chunks = [parts[i] for i in sorted(parts)]
+        drawn.renderings += [row for chunk in chunks for row in chunk.renderings]
+        drawn.ids += [id_ for chunk in chunks for id_ in chunk.ids]
+        drawn.images += [image for chunk in chunks for image in chunk.images]
+        drawn.features = Features.join([chunk.features for chunk in chunks]) if chunks else self.prepared.train.take([])
+        drawn.seconds["render"] = sum(chunk.seconds["render"] for chunk in chunks)
 
 
 def image_seed(seed: int, id_: str) -> int:

@@ -1,30 +1,41 @@
 """The actors: a sampler and a renderer that stay loaded across rounds and commit their chunks to the store themselves.
 
-A chunk that is committed is never made again: a worker that is started anew, or a run that is resumed, finds it.
+A chunk that is committed is never made again: a worker that is started anew, or a run that is resumed, finds it. Rows
+that cannot be made (`Task.failed`) are rows of the output with their reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import ray
 
 from kka_ray.cluster.leases import open_store
+from kka_ray.cluster.pool import Task
 from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig
+from kka_ray.errors import StageError
 from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
 
-SAMPLE_VERSION = 1
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kka_ray.describe.sampler import Sampler
+    from kka_ray.features.backbone import Backbone
+    from kka_ray.render.renderer import DrawError, Renderer
+
+SAMPLE_VERSION = 2
 
 
-@dataclass(frozen=True)
-class SampleTask:
-    """Lines to be written: for each prompt its id, its text and how many; all with one seed and one adapter."""
+@dataclass(frozen=True, kw_only=True)
+class SampleTask(Task):
+    """Lines to be written: a row is a prompt's id, its text and how many; all with one seed and one adapter."""
 
-    prompts: tuple[tuple[str, str, int], ...]
+    rows: tuple[tuple[str, str, int], ...]
     round: int
     seed: int
     adapter: str | None
@@ -33,8 +44,16 @@ class SampleTask:
     """What the key of the chunk's output is made of."""
 
 
-@dataclass(frozen=True)
-class RenderTask:
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask(Task):
+    """Lines whose log-probabilities are wanted: a row is an id, a prompt and its completion."""
+
+    rows: tuple[tuple[str, str, str], ...]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderTask(Task):
     """Descriptions to be drawn: (id, text, seed) each, with the normal image to edit where the mode asks for one."""
 
     rows: tuple[tuple[str, str, int], ...]
@@ -42,28 +61,43 @@ class RenderTask:
     normals: tuple[Any, ...] | None
     inputs: dict[str, Any]
 
+    def part(self, start: int, stop: int) -> Self:
+        normals = self.normals[start:stop] if self.normals is not None else None
+        return replace(self, rows=self.rows[start:stop], normals=normals)
+
 
 class SamplerWorker:
-    """Writes lines. Its result is the key of an output of stage `sample`: a table with id, prompt_id and raw."""
+    """Writes lines. The result for a `SampleTask` is the key of an output of stage `sample`: a table with id,
+    prompt_id, raw and error; that for a `ScoreTask` a list of log-probabilities a row."""
+
+    engine: Sampler
 
     def __init__(self, store: str, config: DescribeConfig, threads: int, device: str) -> None:
+        self.store = open_store(store)
+        self.config, self.threads, self.device = config, threads, device
+        self.adapter: str | None = None
+
+    def load(self) -> None:
+        """Loads the engine; called once, before anything else."""
         import torch
 
         from kka_ray.describe.sampler import build_sampler
 
-        torch.set_num_threads(threads)
-        self.store = open_store(store)
-        self.engine = build_sampler(config, device)
-        self.adapter: str | None = None
+        torch.set_num_threads(self.threads)
+        self.engine = build_sampler(self.config, self.device)
 
-    def work(self, task: SampleTask) -> str:
+    def work(self, task: SampleTask | ScoreTask) -> str | list[list[float]]:
         """Makes a chunk, unless it is in the store."""
+        if isinstance(task, ScoreTask):
+            return self._score(task)
         return self.store.get_or_make("sample", SAMPLE_VERSION, task.inputs, lambda a: self._make(task, a)).key
 
-    def log_probs(self, prompts: list[str], completions: list[str], adapter: str | None) -> list[list[float]]:
-        """Token log-probabilities of completions under an adapter's policy, or the base model's."""
-        self._use(adapter)
-        return self.engine.log_probs(prompts, completions)
+    def probe(self, task: SampleTask | ScoreTask) -> None:
+        """Does the work of a part and keeps nothing."""
+        if isinstance(task, ScoreTask):
+            self._score(task)
+        else:
+            self._sample(task)
 
     def _use(self, adapter: str | None) -> None:
         if adapter == self.adapter:
@@ -71,18 +105,32 @@ class SamplerWorker:
         self.engine.load_adapter(_adapter_folder(self.store, adapter))
         self.adapter = adapter
 
-    def _make(self, task: SampleTask, attempt: Attempt) -> None:
+    def _sample(self, task: SampleTask) -> list[dict[str, str]]:
+        """A row a line, those of the prompts at fault included."""
         self._use(task.adapter)
         rows = []
-        for count in sorted({n for _, _, n in task.prompts}):
-            group = [(id_, text) for id_, text, n in task.prompts if n == count]
-            written = self.engine.sample([text for _, text in group], count, task.seed)
-            for (prompt_id, _), lines in zip(group, written, strict=True):
-                for k, raw in enumerate(lines):
-                    id_ = f"r{task.round}-{prompt_id}-s{k:03d}"
-                    rows.append({"id": id_, "prompt_id": prompt_id, "raw": raw})
-        names = ("id", "prompt_id", "raw")
-        attempt.table(pa.Table.from_pylist(rows, schema=pa.schema([(n, pa.string()) for n in names])))
+        for count in sorted({n for _, _, n in task.rows}):
+            group = [(id_, text) for id_, text, n in task.rows if n == count]
+            good = [(id_, text) for id_, text in group if id_ not in task.failed]
+            written = self.engine.sample([text for _, text in good], count, task.seed) if good else []
+            lines_of = dict(zip([id_ for id_, _ in good], written, strict=True))
+            for prompt_id, _ in group:
+                ids, error = line_ids(task.round, prompt_id, count), task.failed.get(prompt_id, "")
+                for id_, raw in zip(ids, lines_of.get(prompt_id, [""] * count), strict=True):
+                    rows.append({"id": id_, "prompt_id": prompt_id, "raw": raw, "error": error})
+        return rows
+
+    def _score(self, task: ScoreTask) -> list[list[float]]:
+        """Natural-log probabilities of each row's tokens; none for the rows at fault."""
+        self._use(task.adapter)
+        good = [row for row in task.rows if row[0] not in task.failed]
+        values = self.engine.log_probs([row[1] for row in good], [row[2] for row in good]) if good else []
+        of = dict(zip([row[0] for row in good], values, strict=True))
+        return [of.get(row[0], []) for row in task.rows]
+
+    def _make(self, task: SampleTask, attempt: Attempt) -> None:
+        names = ("id", "prompt_id", "raw", "error")
+        attempt.table(pa.Table.from_pylist(self._sample(task), schema=pa.schema([(n, pa.string()) for n in names])))
 
 
 class RenderWorker:
@@ -91,16 +139,23 @@ class RenderWorker:
     Its result is the key of an output of stage `render`: a table of `Rendering` and the features of those drawn.
     """
 
+    renderer: Renderer
+    backbone: Backbone
+
     def __init__(
         self, store: str, config: RenderConfig, backbone: BackboneConfig, patches: bool, threads: int, device: str
     ) -> None:
+        self.store = open_store(store)
+        self.config, self.backbone_config, self.patches = config, backbone, patches
+        self.threads, self.device = threads, device
+
+    def load(self) -> None:
+        """Loads the pipeline and the backbone; called once, before anything else."""
         from kka_ray.features.backbone import Backbone
         from kka_ray.render.renderer import Renderer
 
-        self.store = open_store(store)
-        self.patches = patches
-        self.renderer = Renderer.load(config, device, threads)
-        self.backbone = Backbone.load(backbone, device)
+        self.renderer = Renderer.load(self.config, self.device, self.threads)
+        self.backbone = Backbone.load(self.backbone_config, self.device)
 
     def work(self, task: RenderTask) -> str:
         """Makes a chunk, unless it is in the store."""
@@ -108,18 +163,35 @@ class RenderWorker:
 
         return self.store.get_or_make("render", VERSION, task.inputs, lambda a: self._make(task, a)).key
 
-    def _make(self, task: RenderTask, attempt: Attempt) -> None:
-        import hashlib
+    def probe(self, task: RenderTask) -> None:
+        """Does the work of a part and keeps nothing."""
+        import numpy as np
 
+        drawn = [image for image in self._draw(task).values() if isinstance(image, np.ndarray)]
+        if drawn:
+            self.backbone.extract(drawn, self.patches)
+
+    def _draw(self, task: RenderTask) -> dict[str, np.ndarray | DrawError]:
+        """Pictures, or why there are none, by id, in the order of the rows."""
+        from kka_ray.render.renderer import DrawError
+
+        good = [i for i, (id_, _, _) in enumerate(task.rows) if id_ not in task.failed]
+        texts, seeds = [task.rows[i][1] for i in good], [task.rows[i][2] for i in good]
+        normals = None if task.normals is None else [task.normals[i] for i in good]
+        drawn = self.renderer.draw(texts, seeds, normals) if good else []
+        of = dict(zip([task.rows[i][0] for i in good], drawn, strict=True))
+        return {id_: of[id_] if id_ in of else DrawError(task.failed[id_]) for id_, _, _ in task.rows}
+
+    def _make(self, task: RenderTask, attempt: Attempt) -> None:
         import numpy as np
 
         from kka_ray.data.decode import encode_png
         from kka_ray.features.cache import write_features
 
-        texts, seeds = [text for _, text, _ in task.rows], [seed for _, _, seed in task.rows]
-        drawn = self.renderer.draw(texts, seeds, task.normals)
+        drawn = self._draw(task)
         records = []
-        for (id_, _, seed), image in zip(task.rows, drawn, strict=True):
+        for id_, _, seed in task.rows:
+            image = drawn[id_]
             if isinstance(image, np.ndarray):
                 png = encode_png(image)
                 digest = hashlib.sha256(png).hexdigest()
@@ -127,9 +199,14 @@ class RenderWorker:
             else:
                 records.append(Rendering(id_, task.round, seed, "failed", b"", "", image.reason))
         attempt.table(to_table(Rendering, records))
-        images = [image for image in drawn if isinstance(image, np.ndarray)]
+        images = [image for image in drawn.values() if isinstance(image, np.ndarray)]
         if images:
             write_features(attempt, self.backbone.extract(images, self.patches))
+
+
+def line_ids(round: int, prompt_id: str, count: int) -> list[str]:
+    """Ids of the lines that are written for a prompt in a round."""
+    return [f"r{round}-{prompt_id}-s{k:03d}" for k in range(count)]
 
 
 def _adapter_folder(store: Store, key: str | None) -> Path | None:
@@ -137,17 +214,12 @@ def _adapter_folder(store: Store, key: str | None) -> Path | None:
         return None
     output = store.find("dpo", key)
     if output is None:
-        raise FileNotFoundError(f"adapter dpo/{key} is not in the store {store.uri}")
+        raise StageError(f"adapter dpo/{key} is not in the store {store.uri}")
     return output.local / "adapter"
 
 
-def start(cls: type, pool: PoolConfig, max_restarts: int, *arguments: Any) -> Any:
-    """An actor of `cls` with a pool's resources, started again up to `max_restarts` times if it dies."""
+def start(cls: type, pool: PoolConfig, *arguments: Any) -> Any:
+    """An actor of `cls` with a pool's resources. Who dies is replaced by the pool, not by Ray."""
     device = "cuda" if pool.gpus else "cpu"
-    options = {
-        "num_cpus": pool.cpus,
-        "num_gpus": pool.gpus,
-        "max_restarts": max_restarts,
-        "max_task_retries": max_restarts,
-    }
+    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0, "max_task_retries": 0}
     return ray.remote(**options)(cls).remote(*arguments, pool.threads, device)

@@ -404,8 +404,18 @@ class ClusterConfig(Strict):
     train_gpus: float = Field(0, ge=0)
     train_threads: int = Field(2, ge=1)
     in_flight: int = Field(2, ge=1, description="chunks a worker may have waiting")
-    max_restarts: int = Field(3, ge=0, description="times that a dead actor is started again")
+    max_restarts: int = Field(
+        3, ge=0, description="times that a Ray Train job is started again; workers in succession that may die at start"
+    )
+    start_timeout: float = Field(1800, gt=0, description="seconds that a pool may be without a worker that is ready")
     chunk_timeout: float = Field(900, gt=0, description="seconds after which a chunk counts as hung")
+    chunk_attempts: int = Field(
+        2, ge=1, description="times that a chunk may fail before the rows at fault are looked for"
+    )
+    max_failed_share: float = Field(
+        0.2, ge=0, le=1, description="of a round's lines, or of its images, that may fail; more end the run"
+    )
+    max_failed_rows: int | None = Field(None, ge=0, description="the same as a number, where that is less")
 
 
 class TrackingConfig(Strict):

@@ -175,7 +175,10 @@ def _nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     # and then they are the nucleus.
     top = min(256, logits.shape[-1])
     values, ids = logits.topk(top, -1)
-    probability = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    total = logits.logsumexp(-1, keepdim=True)
+    if not total.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite; half precision may overflow: try dtype float32")
+    probability = (values - total).exp()
     cumulative = probability.cumsum(-1)
     kept = probability * (cumulative - probability < top_p)
     edges = kept.cumsum(-1)

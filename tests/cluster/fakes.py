@@ -1,0 +1,60 @@
+"""Fake workers, which misbehave as their rows tell them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import ray
+
+from kka_ray.cluster.pool import Pool, Task
+from kka_ray.config.models import ClusterConfig
+from kka_ray.errors import ConfigError
+
+
+class FakeWorker:
+    """A row is (id, what happens): `ok`, `crash`, `hang`, `nan` or `mistake`; `crash once` and `hang once` leave a mark
+    in `folder`. The result is each row's id and its failure, if any."""
+
+    def __init__(self, folder: str = "", start: str = "ok") -> None:
+        self.folder, self.start = folder, start
+
+    def load(self) -> None:
+        if self.start == "crash":
+            os._exit(1)
+        if self.start == "mistake":
+            raise ConfigError("no such model")
+
+    def work(self, task: Task) -> dict[str, str]:
+        for id_, what in task.rows:
+            if id_ in task.failed:
+                continue
+            if what.endswith(" once"):
+                mark = f"{self.folder}/{id_}"
+                if os.path.exists(mark):
+                    continue
+                open(mark, "w").close()
+            if what.startswith("crash"):
+                os._exit(1)
+            if what.startswith("hang"):
+                time.sleep(3600)
+            if what == "nan":
+                raise FloatingPointError("not finite")
+            if what == "mistake":
+                raise ConfigError("a user's mistake")
+        if len(task.rows) > 2 and {what for _, what in task.rows} == {"crowd"}:
+            raise MemoryError("too many at once")
+        return {id_: task.failed.get(id_, "") for id_, _ in task.rows}
+
+    def probe(self, task: Task) -> None:
+        self.work(task)
+
+
+def pool(folder: Any = "", start: str = "ok", workers: int = 1, **limits: Any) -> Pool:
+    actor = ray.remote(num_cpus=0.1)(FakeWorker)
+    return Pool("fakes", lambda: actor.remote(str(folder), start), workers, ClusterConfig(**limits))
+
+
+def rows(*kinds: str) -> Task:
+    return Task(rows=tuple((f"{i}-{kind.split()[0]}", kind) for i, kind in enumerate(kinds)))

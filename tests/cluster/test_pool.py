@@ -1,0 +1,94 @@
+"""Pools: every chunk is done, the rows at fault are found, and nothing else is touched. The workers are fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kka_ray.cluster.pool import Pool, drain
+from kka_ray.errors import ConfigError, StageError
+from tests.cluster import fakes
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def make() -> Iterator[Any]:
+    made: list[Pool] = []
+
+    def make(*arguments: Any, **options: Any) -> Pool:
+        made.append(fakes.pool(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.stop()
+
+
+def work(pool: Pool, *tasks: Any) -> dict[int, dict[str, str]]:
+    for i, task in enumerate(tasks):
+        pool.submit(i, task)
+    return {i: result for _, i, result in drain([pool], poll=0.1)}
+
+
+def test_every_chunk_comes_back_once(make: Any) -> None:
+    results = work(make(workers=2), *[fakes.rows("ok", "ok") for _ in range(20)])
+    assert results == {i: {"0-ok": "", "1-ok": ""} for i in range(20)}
+
+
+def test_rows_that_raise_are_found_among_those_that_do_not(make: Any) -> None:
+    pool = make()
+    found: dict[str, str] = {}
+    pool.found = found.__setitem__
+    results = work(pool, fakes.rows("ok"), fakes.rows("ok", "nan", "ok", "ok", "nan", "ok", "ok"), fakes.rows("nan"))
+    reason = "FloatingPointError: not finite"
+    assert results[0] == {"0-ok": ""}
+    assert {id_: r for id_, r in results[1].items() if r} == {"1-nan": reason, "4-nan": reason}
+    assert len(results[1]) == 7
+    assert results[2] == {"0-nan": reason}
+    assert found == {"1-nan": reason, "4-nan": reason, "0-nan": reason}
+
+
+def test_a_row_that_crashes_its_worker_is_found(make: Any) -> None:
+    results = work(make(chunk_attempts=1), fakes.rows("crash", "ok"), fakes.rows("ok"))
+    assert results == {0: {"0-crash": "the worker's process died", "1-ok": ""}, 1: {"0-ok": ""}}
+
+
+def test_a_worker_that_dies_by_chance_costs_no_row(make: Any, tmp_path: Path) -> None:
+    results = work(make(tmp_path), fakes.rows("ok", "crash once"), fakes.rows("ok"))
+    assert results == {0: {"0-ok": "", "1-crash": ""}, 1: {"0-ok": ""}}
+
+
+def test_a_search_that_finds_no_row_does_the_whole_chunk_again(make: Any, tmp_path: Path) -> None:
+    results = work(make(tmp_path, chunk_attempts=1), fakes.rows("ok", "crash once", "ok"))
+    assert results == {0: {"0-ok": "", "1-crash": "", "2-ok": ""}}
+
+
+@pytest.mark.slow
+def test_a_row_that_hangs_is_found(make: Any) -> None:
+    results = work(make(chunk_attempts=1, chunk_timeout=0.5), fakes.rows("hang", "ok"))
+    assert results == {0: {"0-hang": "not done within 0.5 s", "1-ok": ""}}
+
+
+def test_a_chunk_that_fails_only_as_a_whole_ends_the_run(make: Any) -> None:
+    with pytest.raises(StageError, match=r"chunk 0 of 4 rows .*none of its rows fails alone"):
+        work(make(), fakes.rows("crowd", "crowd", "crowd", "crowd"))
+
+
+def test_a_mistake_of_the_user_is_passed_on_as_it_is(make: Any) -> None:
+    with pytest.raises(ConfigError, match="a user's mistake"):
+        work(make(), fakes.rows("ok", "mistake"))
+
+
+def test_a_model_that_cannot_be_loaded_says_so(make: Any) -> None:
+    with pytest.raises(ConfigError, match="no such model"):
+        work(make(start="mistake"), fakes.rows("ok"))
+
+
+@pytest.mark.slow
+def test_workers_that_die_as_they_start_end_the_run(make: Any) -> None:
+    with pytest.raises(StageError, match="2 workers in succession died as they started"):
+        work(make(start="crash", max_restarts=1), fakes.rows("ok"))
