@@ -331,6 +331,27 @@ class Mahalanobis(Strict):
     shrinkage: float = Field(0.1, ge=0, le=1)
 
 
+class PatchCore(Strict):
+    """Distance of patches to a coreset of normal ones. Ignores anomalies."""
+
+    kind: Literal["patchcore"]
+    coreset: float = Field(0.01, gt=0, le=1, description="share of the normals' patches that the memory keeps")
+    projection: int = Field(64, ge=1, description="dimensions in which the coreset is chosen, at most the features'")
+    candidates: int = Field(50_000, ge=1, description="random patches that it is chosen from, where there are more")
+    neighbours: int = Field(9, ge=0, description="memory patches that reweight the score; 0 leaves the weight out")
+    image_weight: float = Field(2.0, ge=0, description="of the whole image beside 1 for its worst patch; 0: none")
+    image_neighbours: int = Field(5, ge=1, description="nearest normals that the whole image is compared with")
+
+
+class Padim(Strict):
+    """A Gaussian of patch features at each place. Ignores anomalies."""
+
+    kind: Literal["padim"]
+    channels: int = Field(100, ge=1, description="channels that are kept at random, at most those of the features")
+    shrinkage: float = Field(0.1, ge=0, le=1, description="of the covariances, towards their mean trace")
+    image_weight: float = Field(2.0, ge=0, description="of the whole image beside 1 for its worst patch; 0: none")
+
+
 class LinearHead(LearnsFromAnomalies):
     """Logistic regression of normals against anomalies; alone, or fused with k-NN. Needs anomalies."""
 
@@ -339,7 +360,12 @@ class LinearHead(LearnsFromAnomalies):
     neighbours: int = Field(5, ge=1)
 
 
-Detector = Annotated[SimpleNet | Knn | Mahalanobis | LinearHead, Field(discriminator="kind")]
+Detector = Annotated[
+    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead,
+    Field(discriminator="kind"),
+]
+IGNORE_ANOMALIES = ("knn", "mahalanobis", "patchcore", "padim")
+"""Kinds of detectors to which anomalies make no difference."""
 
 
 class AnomalyWeights(Strict):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from kka_ray.config.loading import config_hash, load, merge, parse, read
-from kka_ray.config.models import RunConfig, Strict
+from kka_ray.config.models import IGNORE_ANOMALIES, RunConfig, Strict
 from kka_ray.errors import ConfigError
 
 _FIXED = {
@@ -32,7 +32,6 @@ _FIXED = {
     "store": "trials share what they have in common through one store",
     "output": "the sweep has one folder",
 }
-_IGNORE_ANOMALIES = ("knn", "mahalanobis")
 
 
 class Grid(Strict):
@@ -164,7 +163,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         nested = merge(merge({"name": config.name, **values}, _nested(point)), {"name": name})
         trials.append(Trial(number, point, parse(nested, RunConfig, f"{path}, trial {number} ({_show(point)})")))
     for trial in trials:
-        if trial.config.detect.headline in _IGNORE_ANOMALIES:
+        if trial.config.detect.headline in IGNORE_ANOMALIES:
             raise ConfigError(
                 f"{path}: the headline detector {trial.config.detect.headline!r} ignores anomalies, so every trial "
                 "would come out the same. Set run.detect.headline to simplenet, head or fused"

@@ -10,12 +10,16 @@ from kka_ray.detectors.base import Detector
 from kka_ray.detectors.head import LinearHeadDetector
 from kka_ray.detectors.knn import KnnDetector
 from kka_ray.detectors.mahalanobis import MahalanobisDetector
+from kka_ray.detectors.padim import PadimDetector
+from kka_ray.detectors.patchcore import PatchCoreDetector
 from kka_ray.detectors.simplenet import SimpleNetDetector
 
 DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "simplenet": SimpleNetDetector,
     "knn": KnnDetector,
     "mahalanobis": MahalanobisDetector,
+    "patchcore": PatchCoreDetector,
+    "padim": PadimDetector,
     "head": LinearHeadDetector,
     "fused": LinearHeadDetector,
 }

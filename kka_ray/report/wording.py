@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kka_ray.config.models import IGNORE_ANOMALIES
+
 DETECTORS = {
     "simplenet": "SimpleNet",
     "knn": "k-NN",
     "mahalanobis": "Mahalanobis",
+    "patchcore": "PatchCore",
+    "padim": "PaDiM",
     "head": "linear head",
     "fused": "linear head + k-NN",
 }
@@ -46,10 +50,6 @@ STAGES = {
     "describe_work": "describing, all workers",
     "render_work": "drawing, all workers",
 }
-
-
-_ONE_CLASS = ("knn", "mahalanobis")
-"""Detectors that ignore anomalies."""
 
 
 def plain(name: str, names: Mapping[str, str]) -> str:
@@ -111,7 +111,7 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
     kept = amount(sum(summary["kept"].values()), "kept image")
     if kka is None:
         yield f"{detector} trained on normal images alone reaches an AUC of {_auc(baseline)} on the test images."
-        if summary["detector"] in _ONE_CLASS:
+        if summary["detector"] in IGNORE_ANOMALIES:
             yield "It ignores anomalies, so the kept images make no difference to it; the table shows the others."
         else:
             yield "No drawn image was kept, so there is nothing to compare it with."
@@ -137,7 +137,7 @@ def _without_anomalies(summary: Mapping[str, Any], calibration: Mapping[str, Any
     detector = plain(summary["detector"], DETECTORS)
     kept = sum(summary["kept"].values())
     yield "This data set has no test anomalies, so there is no AUC to give."
-    if summary["detector"] in _ONE_CLASS:
+    if summary["detector"] in IGNORE_ANOMALIES:
         yield f"{detector} was fitted to normal images alone, as it ignores anomalies."
     elif kept:
         yield f"{detector} was trained on the normal images and KKA's {amount(kept, 'kept image')}."

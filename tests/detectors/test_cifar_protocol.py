@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from kka_ray import assets
-from kka_ray.config.models import BackboneConfig, Knn, LinearHead, Mahalanobis, SimpleNet
+from kka_ray.config.models import BackboneConfig, Knn, LinearHead, Mahalanobis, Padim, PatchCore, SimpleNet
 from kka_ray.detectors import build
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -77,6 +77,8 @@ def _auc(protocol: Protocol, config, anomalies: int) -> float:
     [
         (Knn(kind="knn"), 0, 0.9446, 0.002),
         (Mahalanobis(kind="mahalanobis"), 0, 0.9497, 0.002),
+        (PatchCore(kind="patchcore"), 0, 0.938, 0.01),
+        (Padim(kind="padim"), 0, 0.949, 0.005),
         (LinearHead(kind="head"), 62, 0.951, 0.006),
         (LinearHead(kind="fused"), 62, 0.9663, 0.004),
         (LinearHead(kind="head"), 1000, 0.959, 0.004),

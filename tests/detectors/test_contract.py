@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
-from kka_ray.config.models import Detector
+from kka_ray.config.models import IGNORE_ANOMALIES, Detector
 from kka_ray.detectors import DETECTORS, build
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import AssetError, DataError
@@ -16,7 +16,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 
 KINDS = tuple(DETECTORS)
-ONE_CLASS = ("knn", "mahalanobis")
+NEED_VARIANCE = ("mahalanobis", "padim")
 
 
 def _config(kind: str):
@@ -81,11 +81,12 @@ def test_fitting_repeats_and_leaves_the_global_random_state_alone(kind):
     assert np.array_equal(_fitted(kind).score(TEST), first)
 
 
-def test_the_seed_matters_to_simplenet():
-    assert not np.array_equal(_fitted("simplenet", seed=1).score(TEST), _fitted("simplenet", seed=2).score(TEST))
+@pytest.mark.parametrize("kind", ["simplenet", "patchcore"])
+def test_the_seed_matters_to_what_is_random(kind):
+    assert not np.array_equal(_fitted(kind, seed=1).score(TEST), _fitted(kind, seed=2).score(TEST))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONE_CLASS])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in IGNORE_ANOMALIES])
 def test_what_weighs_more_among_anomalies_scores_more(kind):
     """Two sorts of anomalies, on two sides: each scores the more beside the other, the more it weighs."""
     sorts = [_features(20, 5, 0.6), _features(20, 6, -0.6)]
@@ -98,7 +99,11 @@ def test_what_weighs_more_among_anomalies_scores_more(kind):
     assert margins[0] > margins[1] > margins[2]
 
 
-@pytest.mark.parametrize("kind", ONE_CLASS)
+def test_the_configuration_knows_which_detectors_ignore_anomalies():
+    assert {kind for kind in KINDS if build(_config(kind)).ignores_anomalies} == set(IGNORE_ANOMALIES)
+
+
+@pytest.mark.parametrize("kind", IGNORE_ANOMALIES)
 def test_one_class_detectors_ignore_anomalies(kind):
     assert np.array_equal(_fitted(kind).score(TEST), _fitted(kind, None).score(TEST))
 
@@ -141,7 +146,7 @@ def test_heatmaps_show_where_or_there_are_none(kind):
 def test_one_normal_gives_finite_scores_or_a_clear_error(kind):
     detector = build(_config(kind))
     one = NORMALS.take([0])
-    if kind == "mahalanobis":
+    if kind in NEED_VARIANCE:
         with pytest.raises(DataError, match="no variance"):
             detector.fit(one, ANOMALIES, one, 0)
         return
@@ -149,9 +154,10 @@ def test_one_normal_gives_finite_scores_or_a_clear_error(kind):
     assert np.isfinite(detector.score(TEST)).all()
 
 
-def test_simplenet_says_that_it_needs_patches():
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if build(_config(kind)).needs_patches])
+def test_it_says_that_it_needs_patches(kind):
     with pytest.raises(ValueError, match="patches=True"):
-        build(_config("simplenet")).fit(Features(NORMALS.pooled), None, VALIDATION, 0)
+        build(_config(kind)).fit(Features(NORMALS.pooled), None, VALIDATION, 0)
 
 
 # --- with images ----------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def test_constant_grey_and_odd_images_never_give_nan(kind, backbone):
     odd = [*_images(1, 0, (17, 41)), *_images(1, 1, (200, 3, 3)), *_images(1, 2, (1, 1, 1)), *constant[:1]]
     scores = _tune(kind, backbone, _images(10, 0), _images(8, 1)).score_images(odd)
     assert all(np.isfinite(x).all() for x in (scores.score, scores.robust_z, scores.percentile))
-    if kind == "mahalanobis":
+    if kind in NEED_VARIANCE:
         with pytest.raises(DataError, match="no variance"):
             _tune(kind, backbone, constant, constant)
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kka_ray.config.models import Mahalanobis
 from kka_ray.detectors.base import Detector
-from kka_ray.errors import DataError
+from kka_ray.detectors.mahalanobis.gaussian import moments, shrunk_factor
 from kka_ray.features.base import Features
 
 
@@ -29,25 +29,8 @@ class MahalanobisDetector(Detector):
 
         Raises DataError if the normals are fewer than two or all equal: they have no covariance.
         """
-        x = torch.from_numpy(normals.pooled).double()
-        self._mean = x.mean(0)
-        centred = x - self._mean
-        covariance = centred.T @ centred / max(len(x) - 1, 1)
-        trace = covariance.trace() / len(covariance)
-        if trace < 1e-12:
-            raise DataError(
-                f"the {len(x)} normal images have no variance, so there is no Mahalanobis distance to them: "
-                "give at least two different ones, or use the detector knn"
-            )
-        amount = self.config.shrinkage
-        covariance = (1 - amount) * covariance + amount * trace * torch.eye(len(covariance), dtype=x.dtype)
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:
-            raise DataError(
-                f"the covariance of {len(x)} normal images in {x.shape[1]} dimensions is singular with "
-                f"shrinkage = {amount}: raise the shrinkage, for example to 0.1"
-            )
-        self._factor = factor
+        self._mean, covariance = moments(torch.from_numpy(normals.pooled).double())
+        self._factor = shrunk_factor(covariance, self.config.shrinkage, len(normals))
 
     def score(self, features: Features) -> np.ndarray:
         """Mahalanobis distances; about sqrt(D) for a typical normal."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kka_ray.config.models import SimpleNet
 from kka_ray.detectors.base import Detector
+from kka_ray.detectors.patches import on_grid, patch_rows
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.training import train
 from kka_ray.features.base import Features
@@ -37,7 +38,7 @@ class SimpleNetDetector(Detector):
         if anomalies is not None and len(anomalies) == 0:
             anomalies = None
         for features in (normals, validation, *([anomalies] if anomalies is not None else [])):
-            _patches(features)
+            patch_rows(features, "SimpleNet")
         generator = torch.Generator().manual_seed(seed)
         self._branches = {
             "image": self._fit_image(normals, anomalies, generator),
@@ -64,7 +65,7 @@ class SimpleNetDetector(Detector):
         return branch
 
     def _fit_patch(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
-        config, grid = self.config, _patches(normals)
+        config, grid = self.config, patch_rows(normals, "SimpleNet")
         branch = self._new_branch(grid.shape[2])
         branch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
 
@@ -145,17 +146,8 @@ class SimpleNetDetector(Detector):
 
     @torch.no_grad()
     def _patch_scores(self, features: Features) -> np.ndarray:
-        _, height, width, _ = features.patches.shape  # type: ignore[union-attr]
-        scores = [-self._branches["patch"](x.float()) for x in _patches(features).split(_CHUNK)]
-        return torch.cat(scores).reshape(-1, height, width).numpy()
-
-
-def _patches(features: Features) -> Tensor:
-    """Patch features as (N, h * w, C), float16."""
-    if features.patches is None:
-        raise ValueError("SimpleNet needs patch features: extract with patches=True")
-    count, height, width, channels = features.patches.shape
-    return torch.from_numpy(features.patches).reshape(count, height * width, channels)
+        scores = [-self._branches["patch"](x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
+        return on_grid(torch.cat(scores), features)
 
 
 def _sample_patches(grid: Tensor, generator: torch.Generator, limit: int = 100_000) -> Tensor:
@@ -183,7 +175,7 @@ def _worst_patches(
     """The `most` most anomalous patches of random anomaly images: the rest of such an image is mostly normal."""
     if anomalies is None:
         return None
-    grid, rows = _patches(anomalies), _random_rows(anomalies, _PATCH_ANOMALIES, generator)
+    grid, rows = patch_rows(anomalies, "SimpleNet"), _random_rows(anomalies, _PATCH_ANOMALIES, generator)
 
     @torch.no_grad()
     def pick() -> Tensor:
