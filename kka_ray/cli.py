@@ -220,6 +220,22 @@ def train_renderer(config: ConfigFile, override: Override = None) -> None:
     console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
 
 
+@renderer_app.command("finish")
+def finish_renderer(
+    config: ConfigFile,
+    steps: Annotated[int, typer.Option(min=1, help="steps in which the learning rate falls")] = 500,
+    override: Override = None,
+) -> None:
+    """Makes good weights from the last checkpoint of a training, which itself stays as it is and can go on."""
+    from kka_ray.cluster.renderer import finish_renderer as launch
+    from kka_ray.config.models import ClusterConfig
+    from kka_ray.config.renderer import RendererConfig
+
+    resolved = load(config, RendererConfig, override or ())
+    pipeline = launch(resolved, ClusterConfig(), steps, _say)
+    console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
+
+
 @bench_app.command("demo")
 def bench_demo(
     config: Annotated[Path, typer.Option(help="the demo's configuration")] = Path("configs/demo.yaml"),

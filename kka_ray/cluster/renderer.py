@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kka_ray.cluster import train
 from kka_ray.cluster.session import session
+from kka_ray.config.loading import dump
 from kka_ray.config.models import BackboneConfig, ClusterConfig
 from kka_ray.config.renderer import RendererConfig
-from kka_ray.errors import StageError
+from kka_ray.errors import ConfigError, StageError
+from kka_ray.files import write_text
 
 if TYPE_CHECKING:
     from kka_ray.render.training import TrainingData
 
 _LOG = "training.jsonl"
+_DATA = "data.safetensors"
+_DATA_FORMAT = 2
+"""Raised when other data would be made of the same configuration."""
 
 
 def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable[[str], None]) -> Path:
     """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
 
-    Checkpoints and a line of `training.jsonl` every 50 steps lie in OUTPUT/NAME; the same command goes on from the last
-    checkpoint and repeats an uninterrupted training.
+    Checkpoints, a line of `training.jsonl` every 50 steps and `config.yaml` lie in OUTPUT/NAME; the same command, or
+    one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted training.
     """
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(cluster):
         train.run("renderer", renderer_worker, {"config": config, "folder": str(folder)}, config.workers, cluster)
@@ -34,6 +41,35 @@ def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable
     if not (pipeline / "model_index.json").is_file():
         raise StageError(f"the training ended without a pipeline in {pipeline}")
     return pipeline
+
+
+def finish_renderer(config: RendererConfig, cluster: ClusterConfig, steps: int, say: Callable[[str], None]) -> Path:
+    """Good weights from a training that need not have ended; returns the folder of the diffusers pipeline.
+
+    A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
+    NAME-K of its own, K being the checkpoint's step. The training itself stays as it is and can go on. Raises
+    ConfigError if it has no checkpoint.
+    """
+    from safetensors import safe_open
+
+    from kka_ray.render.training import CHECKPOINT
+
+    folder = (Path(config.output) / config.name).resolve()
+    checkpoint = folder / "checkpoint" / CHECKPOINT
+    if not checkpoint.is_file():
+        raise ConfigError(f"{config.name} has no checkpoint in {checkpoint.parent}; train it first")
+    with safe_open(checkpoint, "pt") as content:
+        reached = int(content.get_tensor("step"))
+    total = reached + steps
+    training = config.training.model_copy(update={"steps": total, "decay_from": reached / total})
+    branch = config.model_copy(update={"name": f"{config.name}-{reached}", "training": training})
+    target = folder.with_name(branch.name)
+    (target / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for name in (_DATA, f"checkpoint/{CHECKPOINT}"):
+        if not (target / name).exists():
+            # Linked, not copied: both files are replaced as a whole, never written into.
+            os.link(folder / name, target / name)
+    return train_renderer(branch, cluster, say)
 
 
 def renderer_worker(arguments: dict[str, Any]) -> None:
@@ -79,14 +115,14 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
     from kka_ray.render.sources import read_sources
     from kka_ray.render.training import TrainingData
 
-    made_of = config.model_dump(mode="json", include={"sources", "network", "training"})
-    identity = json.dumps([made_of["sources"], made_of["network"], made_of["training"]["seed"]], sort_keys=True)
-    found = TrainingData.load(folder / "data.safetensors", identity)
+    made_of = config.model_dump(mode="json", include={"data", "sources", "network", "captions"})
+    identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT], sort_keys=True)
+    found = TrainingData.load(folder / _DATA, identity)
     if found is not None:
         return found
     images, captions = read_sources(config)
     data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
-    data.save(folder / "data.safetensors", identity)
+    data.save(folder / _DATA, identity)
     return data
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kka_ray.config.models import Strict
+from kka_ray.config.models import Data, Strict
 
 
 class FlowersSource(Strict):
@@ -17,12 +17,22 @@ class FlowersSource(Strict):
     seed: int = Field(0, ge=0)
 
 
+class HeldOut(Strict):
+    """Of the normal class of an evaluation, only images that it trains on for every one of the seeds are shown."""
+
+    data: Data = Field(description="its path is the source's")
+    seeds: int = Field(5, ge=1, description="seeds 0 to N - 1")
+
+
 class ParquetSource(Strict):
-    """Train rows of a Parquet set, with its captions or with captions made from the class names."""
+    """Train rows of a Parquet set, with captions from people, or from the class names, and from what is measured."""
 
     kind: Literal["parquet"]
-    path: str
-    exclude_superclasses: tuple[str, ...] = Field((), description="whole superclasses that are never shown")
+    path: str = Field(description="folder with train-*.parquet, as seen from the training's `data`")
+    style: str = Field("", description="words that half of the captions end with, as in 'seen from above'")
+    without_superclasses: tuple[str, ...] = Field((), description="whole superclasses that are never shown")
+    without_classes: tuple[str, ...] = Field((), description="whole classes that are never shown")
+    held_out: HeldOut | None = Field(None, description="the evaluation whose validation and test images are not shown")
 
 
 Source = Annotated[FlowersSource | ParquetSource, Field(discriminator="kind")]
@@ -61,9 +71,11 @@ class RendererConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = Field("renderers", description="folder of the trainings; this one's is OUTPUT/NAME")
+    data: str = Field(".", description="folder in which the sources' paths begin")
     sources: tuple[Source, ...] = Field(min_length=1)
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig
+    captions: int = Field(1, ge=1, description="captions made for each photograph; each step draws one")
     card: str = Field("", description="what the model card says of the data, its terms and what cannot be drawn")
     workers: int = Field(1, ge=1, description="training processes; they share each batch")
     threads: int = Field(2, ge=1, description="threads of a training process")

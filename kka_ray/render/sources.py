@@ -5,29 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from kka_ray.config.renderer import FlowersSource, ParquetSource, RendererConfig
-from kka_ray.data import flowers
-from kka_ray.data.captions import fill
+from kka_ray.data import flowers, open_data
 from kka_ray.data.parquet import decode_rows, read_rows, shards
+from kka_ray.errors import ConfigError
+from kka_ray.render.attributes import measure
+from kka_ray.render.captions import vary
 
 _SHARD = 5000
-_TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a small photo of {}", "a close-up of {}")
 
 
-def read_sources(config: RendererConfig) -> tuple[np.ndarray, list[str]]:
-    """Images uint8 (N, S, S, 3) and a caption each, source after source. Test rows are never read."""
-    images, captions = [], []
-    for source in config.sources:
+def read_sources(config: RendererConfig) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Images uint8 (N, S, S, 3) and captions for each, source after source. Test rows are never shown.
+
+    A photograph has `config.captions` of them, possibly equal; a drawn image has one.
+    """
+    images: list[np.ndarray] = []
+    captions: list[tuple[str, ...]] = []
+    for number, source in enumerate(config.sources):
         if isinstance(source, FlowersSource):
             pictures, texts = _draw_flowers(source, config.processes)
+            images.append(np.stack([_square(p, config.network.image_size) for p in pictures]))
+            captions += [(text,) for text in texts]
         else:
-            pictures, texts = _read_parquet(source, config.training.seed)
-        images.append(np.stack([_square(p, config.network.image_size) for p in pictures]))
-        captions += texts
+            rows = _shown(source, Path(config.data))
+            squares = [_square(p, config.network.image_size) for p in decode_rows(rows, source.path)]
+            images.append(np.stack(squares))
+            rng = np.random.default_rng([config.training.seed, 3, number])
+            captions += [
+                _captions(row, image, source.style, config.captions, rng)
+                for row, image in zip(rows, squares, strict=True)
+            ]
     return np.concatenate(images), captions
 
 
@@ -44,17 +57,32 @@ def _draw_shard(count: int, seed: int, shard: int) -> tuple[np.ndarray, list[str
     return np.stack([d.image for d in drawn]), [d.caption for d in drawn]
 
 
-def _read_parquet(source: ParquetSource, seed: int) -> tuple[Sequence[np.ndarray], list[str]]:
-    columns = ["image", "class_name", "superclass", "captions", "source"]
-    rows = read_rows(shards(source.path, "train"), columns)
-    rows = [row for row in rows if row["superclass"] not in source.exclude_superclasses]
-    made = fill(_TEMPLATES, [row["class_name"].replace("_", " ") for row in rows], seed)
-    rng = np.random.default_rng([seed, 3])
-    texts = [
-        row["captions"][rng.integers(len(row["captions"]))] if row["captions"] else caption
-        for row, caption in zip(rows, made, strict=True)
-    ]
-    return decode_rows(rows, str(Path(source.path))), texts
+def _shown(source: ParquetSource, root: Path) -> list[dict[str, Any]]:
+    """The train rows that may be shown."""
+    rows = read_rows(shards(root / source.path, "train"), ["image", "class_name", "superclass", "captions", "source"])
+    unknown = set(source.without_superclasses) - {row["superclass"] for row in rows}
+    unknown |= set(source.without_classes) - {row["class_name"] for row in rows}
+    if unknown:
+        raise ConfigError(f"{root / source.path} has no class or superclass {', '.join(sorted(unknown))} to leave out")
+    rows = [row for row in rows if row["superclass"] not in source.without_superclasses]
+    rows = [row for row in rows if row["class_name"] not in source.without_classes]
+    if source.held_out is None:
+        return rows
+    held_out = source.held_out
+    data = held_out.data.model_copy(update={"path": str(root / source.path)})
+    normals = [open_data(data, seed).normals() for seed in range(held_out.seeds)]
+    classes = {name for n in normals for name in (*n.train.classes, *n.validation.classes)}
+    trained_on = set.intersection(*(set(n.train.ids) for n in normals))
+    return [row for row in rows if row["class_name"] not in classes or row["source"] in trained_on]
+
+
+def _captions(
+    row: dict[str, Any], image: np.ndarray, style: str, count: int, rng: np.random.Generator
+) -> tuple[str, ...]:
+    plain = lambda name: name and name.replace("_", " ")  # noqa: E731
+    seen = measure(image)
+    name, group = plain(row["class_name"]), plain(row["superclass"])
+    return tuple(vary(name, group, row["captions"], style, seen, rng) for _ in range(count))
 
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,34 +18,53 @@ from torch import Tensor
 from kka_ray.features.text import TextEncoder
 from kka_ray.render.transformer import FlowTransformer
 
+CHECKPOINT = "training.safetensors"
+"""Name of the file with a training's state."""
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images uint8 (N, S, S, 3) with, for each, token states (N, T, D) in float16 and their mask (N, T)."""
+    """Images uint8 (N, S, S, 3), each with K captions, and the token states of all captions.
+
+    `captions` (N, K) holds rows of `starts` and `lengths` (U,), which say where among the `states` (M, D), float16, the
+    tokens of a caption lie. Captions are stored end to end: padded, they would take twice the memory.
+    """
 
     images: np.ndarray
-    text: Tensor
-    mask: Tensor
+    captions: Tensor
+    states: Tensor
+    starts: Tensor
+    lengths: Tensor
 
     @classmethod
-    def encode(cls, images: np.ndarray, captions: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TrainingData:
-        """Encodes the captions once; they do not change while the network learns."""
-        unique = sorted(set(captions))
-        text = torch.zeros(len(unique), max_tokens, 384, dtype=torch.float16)
-        mask = torch.zeros(len(unique), max_tokens, dtype=torch.bool)
+    def encode(
+        cls, images: np.ndarray, captions: Sequence[Sequence[str]], encoder: TextEncoder, max_tokens: int
+    ) -> TrainingData:
+        """Encodes each caption once; `captions` has the same number for each image."""
+        unique = sorted({text for row in captions for text in row}, key=lambda text: (len(text), text))
+        parts, lengths = [], []
         for start in range(0, len(unique), 256):
             states, present = encoder.tokens(unique[start : start + 256], max_tokens)
-            text[start : start + len(states), : states.shape[1]] = states.half()
-            mask[start : start + len(states), : states.shape[1]] = present
-        row = {caption: i for i, caption in enumerate(unique)}
-        rows = torch.tensor([row[c] for c in captions])
-        longest = int(mask.sum(1).max())
-        return cls(images, text[rows, :longest], mask[rows, :longest])
+            parts.append(states[present].half())
+            lengths.append(present.sum(1))
+        number = {caption: i for i, caption in enumerate(unique)}
+        length = torch.cat(lengths)
+        numbers = torch.tensor([[number[text] for text in row] for row in captions])
+        return cls(images, numbers, torch.cat(parts), length.cumsum(0) - length, length)
+
+    def text(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """Token states (B, T, D), float32, of captions by number (B,), and their mask (B, T); T is the longest's."""
+        lengths = self.lengths[captions][:, None]
+        place = torch.arange(int(lengths.max()))
+        mask = place < lengths
+        rows = (self.starts[captions][:, None] + place).clamp_max(len(self.states) - 1)
+        return self.states[rows].float() * mask[..., None], mask
 
     def save(self, file: Path, identity: str) -> None:
         """Writes everything as safetensors, whole or not at all. `identity` says what it was made of."""
         temporary = file.with_name(f".{file.name}.partial")
-        tensors = {"images": torch.from_numpy(self.images), "text": self.text, "mask": self.mask}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors["images"] = torch.from_numpy(self.images)
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"identity": identity})
         temporary.rename(file)
 
@@ -58,7 +77,7 @@ class TrainingData:
             if content.metadata().get("identity") != identity:
                 return None
         tensors = load_file(file)
-        return cls(tensors["images"].numpy(), tensors["text"], tensors["mask"])
+        return cls(tensors.pop("images").numpy(), **tensors)
 
 
 @dataclass(frozen=True)
@@ -134,21 +153,21 @@ class Trainer:
         rows = torch.randint(len(data.images), (settings.batch,), generator=generator)
         flip = torch.rand(settings.batch, generator=generator) < 0.5
         keep = torch.rand(settings.batch, generator=generator) >= settings.drop_text
+        said = torch.randint(data.captions.shape[1], (settings.batch,), generator=generator)
         share = slice(self.rank, None, self.world)
-        rows, flip, keep = rows[share], flip[share], keep[share]
+        rows, flip, keep, said = rows[share], flip[share], keep[share], said[share]
         generator.manual_seed(settings.seed * 1_000_003 + self.step * self.world + self.rank + 500_000_000)
 
         images = torch.from_numpy(data.images[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        mask = data.mask[rows] & keep[:, None]
+        text, mask = data.text(data.captions[rows, said])
+        mask = mask & keep[:, None]
         factor = rate_factor(self.step, settings)
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(
-                self.network if forward is None else forward, images, data.text[rows].float(), mask, generator
-            )
+            loss = flow_loss(self.network if forward is None else forward, images, text, mask, generator)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -171,13 +190,13 @@ class Trainer:
             for i, moments in optimizer.state_dict()["state"].items():
                 state |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
         state["step"] = torch.tensor(self.step)
-        temporary = folder / ".training.safetensors"
+        temporary = folder / f".{CHECKPOINT}.partial"
         save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-        temporary.rename(folder / "training.safetensors")
+        temporary.rename(folder / CHECKPOINT)
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`."""
-        state = load_file(folder / "training.safetensors")
+        state = load_file(folder / CHECKPOINT)
         self.step = int(state.pop("step"))
         part = lambda name: {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")}  # noqa: E731
         self.network.load_state_dict(part("network"))
@@ -203,7 +222,7 @@ def train(
     steps. With several ranks `forward` is the network as wrapped for them, and the first one saves. Returns the
     averaged network. Raises FloatingPointError if the loss is not finite.
     """
-    if (folder / "training.safetensors").is_file():
+    if (folder / CHECKPOINT).is_file():
         trainer.load(folder)
     settings, losses, since = trainer.settings, [], time.perf_counter()
     while trainer.step < settings.steps:

@@ -15,9 +15,10 @@ def data(rows: int = 16) -> TrainingData:
     """Each row is one flat colour under one text; state 0 of row i's first token is i."""
     rng = np.random.default_rng(0)
     images = np.broadcast_to(rng.integers(0, 256, (rows, 1, 1, 3), dtype=np.uint8), (rows, 32, 32, 3)).copy()
-    text = torch.randn(rows, 4, 384, generator=torch.Generator().manual_seed(0)).half()
-    text[:, 0, 0] = torch.arange(rows)
-    return TrainingData(images, text, torch.ones(rows, 4, dtype=torch.bool))
+    states = torch.randn(4 * rows, 384, generator=torch.Generator().manual_seed(0)).half()
+    states[::4, 0] = torch.arange(rows)
+    captions = torch.arange(rows)
+    return TrainingData(images, captions[:, None], states, 4 * captions, torch.full((rows,), 4))
 
 
 def trainer(steps: int, **settings: float) -> Trainer:
@@ -103,18 +104,32 @@ def test_data_is_found_again_only_if_it_was_made_of_the_same(tmp_path: Path) -> 
     found = TrainingData.load(tmp_path / "data.safetensors", "flowers")
     assert found is not None
     assert np.array_equal(found.images, data().images)
-    assert torch.equal(found.text, data().text)
-    assert torch.equal(found.mask, data().mask)
+    for part in ("captions", "states", "starts", "lengths"):
+        assert torch.equal(getattr(found, part), getattr(data(), part))
 
 
 def test_captions_are_encoded_once_and_stay_with_their_images() -> None:
-    captions = ["a red rose", "a car", "a red rose", "one much longer caption than those"]
+    captions = [("a red rose", "a car"), ("a car", "a car"), ("one much longer caption than those", "a red rose")]
     encoder: Any = tiny.FakeTextEncoder()
-    encoded = TrainingData.encode(np.zeros((4, 32, 32, 3), np.uint8), captions, encoder, 16)
-    assert encoded.text.shape == (4, 8, 384)
-    assert encoded.mask.sum(1).tolist() == [5, 4, 5, 8]
-    want, _ = tiny.FakeTextEncoder().tokens(["a car"])
-    torch.testing.assert_close(encoded.text[1, :4].float(), want[0], atol=2e-3, rtol=1e-3)
+    encoded = TrainingData.encode(np.zeros((3, 32, 32, 3), np.uint8), captions, encoder, 16)
+    assert len(encoded.states) == 4 + 5 + 8
+    for row, said in enumerate(captions):
+        states, mask = encoded.text(encoded.captions[row])
+        want, present = tiny.FakeTextEncoder().tokens(said)
+        assert torch.equal(mask, present)
+        torch.testing.assert_close(states, want, atol=2e-3, rtol=1e-3)
+
+
+def test_each_caption_of_an_image_is_used() -> None:
+    captions = [("red",), ("a blue car",)]
+    encoder: Any = tiny.FakeTextEncoder()
+    one_image = np.zeros((1, 32, 32, 3), np.uint8)
+    encoded = TrainingData.encode(one_image, [tuple(text for row in captions for text in row)], encoder, 16)
+    learner = Trainer(tiny.flow_transformer(), Settings(steps=1, batch=16, drop_text=0))
+    masks: list[torch.Tensor] = []
+    learner.network.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[3]))
+    learner.train_step(encoded)
+    assert set(masks[0].sum(1).tolist()) == {3, 5}
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kka_ray.config.loading import parse
+from kka_ray.config.models import Cifar100Data
+from kka_ray.config.renderer import RendererConfig
+from kka_ray.data import open_data
+from kka_ray.data.base import content_hash
+from kka_ray.data.decode import encode_png
+from kka_ray.errors import ConfigError
+from kka_ray.render.sources import read_sources
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """40 chairs and 3 oaks of 8 px, as CIFAR-100 is stored."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "image": encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)),
+            "label": 0,
+            "class_name": "chair" if n < 40 else "oak_tree",
+            "superclass": "household_furniture" if n < 40 else "trees",
+            "split": "train",
+            "captions": ["an old oak."] if n == 42 else [],
+            "source": f"train/{n}.png",
+        }
+        for n in range(43)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    return tmp_path
+
+
+def config(folder: Path, **source: Any) -> RendererConfig:
+    values = {
+        "name": "trees",
+        "data": str(folder.parent),
+        "sources": [{"kind": "parquet", "path": folder.name, **source}],
+        "captions": 3,
+        "network": {"image_size": 16},
+        "training": {"steps": 1},
+    }
+    return parse(values, RendererConfig, "test")
+
+
+def test_every_photograph_comes_with_its_captions(folder: Path) -> None:
+    images, captions = read_sources(config(folder))
+    assert images.shape == (43, 16, 16, 3)
+    assert {len(texts) for texts in captions} == {3}
+    assert all("chair" in text for texts in captions[:40] for text in texts)
+    assert all("oak tree" in text for texts in captions[40:42] for text in texts)
+    assert all(text.startswith("an old oak") for text in captions[42])
+    assert len({text for texts in captions for text in texts}) > 10
+
+
+def test_what_is_read_repeats(folder: Path) -> None:
+    first, second = read_sources(config(folder)), read_sources(config(folder))
+    assert np.array_equal(first[0], second[0])
+    assert first[1] == second[1]
+
+
+def test_superclasses_and_classes_are_left_out(folder: Path) -> None:
+    assert len(read_sources(config(folder, without_superclasses=["household_furniture"]))[0]) == 3
+    assert len(read_sources(config(folder, without_classes=["oak_tree"]))[0]) == 40
+    with pytest.raises(ConfigError, match="fish"):
+        read_sources(config(folder, without_superclasses=["fish"]))
+
+
+def test_images_that_an_evaluation_holds_back_are_not_shown(folder: Path) -> None:
+    data = {"kind": "cifar100", "path": folder.name, "validation": 10}
+    trained = config(folder, held_out={"data": data, "seeds": 2})
+    trained = trained.model_copy(update={"network": trained.network.model_copy(update={"image_size": 8})})
+    shown = {content_hash(image) for image in read_sources(trained)[0]}
+    for seed in (0, 1):
+        module = parse({**data, "path": str(folder)}, Cifar100Data, "test")
+        normals = open_data(module, seed).normals()
+        assert not shown & {content_hash(image) for image in normals.validation.images}
+    assert 20 <= len(shown) - 3 < 30
