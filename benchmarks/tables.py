@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ _ARMS = {
     "cutpaste": "CutPaste",
     "drawn_normals": "drawn normals",
 }
+
+_SOURCES = {"none": "normals only", "noise": "noise", "cutpaste": "CutPaste", "cifar10": "real (CIFAR-10)"}
 
 
 def demo(result: Mapping[str, Any]) -> str:
@@ -52,7 +55,31 @@ def real_data(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo, "real_data": real_data}
+def detectors(result: Mapping[str, Any]) -> str:
+    """A table a data set, detectors by sources, and one of times."""
+    rows = result["rows"]
+    parts = []
+    for data in _distinct(rows, "data"):
+        own = [row for row in rows if row["data"] == data]
+        sources = [s for s in _SOURCES if any(row["source"] == s for row in own)]
+        sources += [s for s in _distinct(own, "source") if s not in _SOURCES]
+        table = [["detector", *(_SOURCES.get(s, s.replace("_", " ")) for s in sources), "fit, s", "ms an image"]]
+        for detector in _distinct(own, "detector"):
+            fits = [row for row in own if row["detector"] == detector]
+            cells = [_spread([r["auc"] for r in fits if r["source"] == s]) for s in sources]
+            times = (statistics.median(r[k] for r in fits) for k in ("fit_seconds", "ms_per_image"))
+            table.append([detector, *cells, *(f"{t:.1f}" for t in times)])
+        seeds, counts = len({r["seed"] for r in own}), sorted({r["count"] for r in own if r["count"]})
+        given = f", {' or '.join(str(c) for c in counts)} anomalies" if counts else ""
+        parts.append(f"### {data}\n\n{seeds} seeds{given}.\n\n{_table(table)}")
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": demo,
+    "real_data": real_data,
+    "detectors": detectors,
+}
 
 
 def written(document: str) -> str:
@@ -72,6 +99,17 @@ def _detectors(detectors: Mapping[str, Mapping[str, Any]]) -> str:
     for kind, row in detectors.items():
         rows.append([kind, *(f"{row[a]['mean']:.4f} ± {row[a]['std']:.4f}" if row.get(a) else "" for a in arms)])
     return _table(rows) if arms else "There are no test anomalies, hence no AUC.\n"
+
+
+def _distinct(rows: list[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation of the sample; nothing for no values."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
 
 def _table(rows: list[list[str]]) -> str:

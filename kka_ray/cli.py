@@ -255,6 +255,23 @@ def bench_demo(
     console.print(f"results: {target}", highlight=False, soft_wrap=True)
 
 
+@bench_app.command("detectors")
+def bench_detectors(
+    data: Annotated[Path, typer.Option(help="folder with cifar100, cifar10, oxford102, ... in Parquet")],
+    seeds: Annotated[int, typer.Option(min=1, help="seeds of the split, the anomalies and the fit")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help="a data set, detector or source; may be given again")] = None,
+    target: Annotated[Path, typer.Option(help="the JSON file to write")] = Path("benchmarks/results/detectors.json"),
+    store: Annotated[str, typer.Option(help="URI of the store for backbone features")] = "runs/store",
+    again: Annotated[bool, typer.Option("--again", help="measure anew what is there")] = False,
+) -> None:
+    """Measures every detector with every source of anomalies without a language model. The same command goes on."""
+    from kka_ray import detector_benchmark
+    from kka_ray.store import Store
+
+    rows = detector_benchmark.measure(data, seeds, target, Store(store), _say, only or (), again=again)
+    _say(f"{len(rows)} rows: {target}. `python benchmarks/tables.py` writes them into docs/results.md")
+
+
 def _run(config: RunConfig, verbose: bool) -> None:
     from kka_ray.experiment import run as run_experiment
     from kka_ray.terminal import Reporter, show_summary

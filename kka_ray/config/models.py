@@ -59,6 +59,15 @@ class UcmData(Strict):
     validation: float = Field(0.2, gt=0, lt=1)
 
 
+class MagneticTileData(Strict):
+    """Magnetic tile defects in Parquet: tiles without a defect are normal, split by tile."""
+
+    kind: Literal["magnetic_tile"]
+    path: str = Field(description="folder with all-*.parquet")
+    test: float = Field(0.25, gt=0, lt=1, description="share of the tiles without a defect that is tested on")
+    validation: float = Field(0.15, gt=0, lt=1, description="share of them that is kept for validation")
+
+
 class FolderData(Strict):
     """A folder of normal images; `test/good` and `test/<defect>` as in MVTec AD, where there are test images."""
 
@@ -70,7 +79,9 @@ class FolderData(Strict):
     max_pixels: int = Field(64_000_000, gt=0, description="larger images are refused before they are decoded")
 
 
-Data = Annotated[FlowersData | Cifar100Data | Oxford102Data | UcmData | FolderData, Field(discriminator="kind")]
+Data = Annotated[
+    FlowersData | Cifar100Data | Oxford102Data | UcmData | MagneticTileData | FolderData, Field(discriminator="kind")
+]
 
 
 # --- features -----------------------------------------------------------------------------------------------------

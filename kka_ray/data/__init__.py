@@ -10,6 +10,7 @@ from kka_ray.data.base import DataModule
 from kka_ray.data.cifar100 import Cifar100Module
 from kka_ray.data.flowers_module import FlowersModule
 from kka_ray.data.folder import FolderModule
+from kka_ray.data.magnetic_tile import MagneticTileModule
 from kka_ray.data.oxford102 import Oxford102Module
 from kka_ray.data.ucm_captions import UcmCaptionsModule
 
@@ -18,6 +19,7 @@ MODULES: dict[str, Callable[[Any, int], DataModule]] = {
     "cifar100": Cifar100Module,
     "oxford102": Oxford102Module,
     "ucm_captions": UcmCaptionsModule,
+    "magnetic_tile": MagneticTileModule,
     "folder": FolderModule,
 }
 """The data sets, by the `kind` of their configuration."""

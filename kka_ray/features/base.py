@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -52,6 +53,10 @@ class Features:
         What the last map has forgotten, such as fine shapes and patterns, the middle stages still tell. Without patches
         the pooled features alone. float32.
         """
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> np.ndarray:
         if self.patches is None:
             return self.pooled
         parts = []

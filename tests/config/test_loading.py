@@ -14,6 +14,7 @@ GIVEN = {
     "cifar100_furniture": ["data.path=x"],
     "oxford102": ["data.path=x"],
     "ucm_captions": ["data.path=x"],
+    "magnetic_tile": ["data.path=x"],
     "folder": ["data.path=x", "data.description=a screw"],
 }
 

@@ -1,0 +1,249 @@
+"""Every detector with every source of anomalies that needs no language model, on real photographs, over several seeds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import TypeAdapter
+
+from kka_ray import versions
+from kka_ray.config.models import (
+    BackboneConfig,
+    Cifar100Data,
+    Data,
+    Detector,
+    MagneticTileData,
+    Oxford102Data,
+    UcmData,
+)
+from kka_ray.data import open_data
+from kka_ray.data.base import DataModule, ImageSet, content_hash
+from kka_ray.data.parquet import decode_rows, read_rows, shards
+from kka_ray.detectors import DETECTORS, build
+from kka_ray.detectors.sources import SOURCES, make
+from kka_ray.detectors.tuned import VERSION, TunedDetector
+from kka_ray.errors import ConfigError
+from kka_ray.evaluation import metrics
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.base import Features
+from kka_ray.files import write_json
+from kka_ray.prepare import bare, extract
+from kka_ray.store import Store
+
+NONE, OUTSIDE = "none", "cifar10"
+SHARE = 0.05
+"""Anomalies as a share of the normals, training and validation together."""
+
+_FALSE_POSITIVES = 0.05
+_TIMED_IMAGES = 32
+
+Key = tuple[str, str, str, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector fitted with one source and one seed, on the test images; measures in 0..1."""
+
+    data: str
+    detector: str
+    source: str
+    count: int
+    seed: int
+    auc: float
+    aupr: float
+    fpr95: float
+    fit_seconds: float
+    """Features given."""
+    ms_per_image: float
+    """From pixels to the score, images in batches, backbone included."""
+    version: int
+    """Of what is fitted (`kka_ray.detectors.tuned.VERSION`)."""
+
+    @property
+    def key(self) -> Key:
+        """What a row is of; a file of results has one row for each."""
+        return self.data, self.detector, self.source, self.count, self.seed
+
+
+def _furniture(folder: Path, seed: int) -> tuple[Data, int]:
+    return Cifar100Data(kind="cifar100", path=str(folder / "cifar100")), seed
+
+
+def _poppies(folder: Path, seed: int) -> tuple[Data, int]:
+    # Five seeds are the five folds of one cut.
+    return Oxford102Data(kind="oxford102", path=str(folder / "oxford102"), fold=seed % 5), seed // 5
+
+
+def _aerial(folder: Path, seed: int) -> tuple[Data, int]:
+    return UcmData(kind="ucm_captions", path=str(folder / "ucm_captions")), seed
+
+
+def _tiles(folder: Path, seed: int) -> tuple[Data, int]:
+    return MagneticTileData(kind="magnetic_tile", path=str(folder / "magnetic_tile")), seed
+
+
+DATA_SETS: dict[str, Callable[[Path, int], tuple[Data, int]]] = {
+    "cifar100_furniture": _furniture,
+    "oxford102": _poppies,
+    "ucm_captions": _aerial,
+    "magnetic_tile": _tiles,
+}
+"""From a name to the configuration and the seed of a data module, given the folder of all sets and a seed."""
+
+
+def measure(
+    folder: Path,
+    seeds: int,
+    target: Path,
+    store: Store,
+    say: Callable[[str], None],
+    only: Sequence[str] = (),
+    again: bool = False,
+) -> list[Row]:
+    """Measures what is missing in `target`, which is written after every row; returns all rows.
+
+    folder: holds `cifar100`, `cifar10`, `oxford102`, `ucm_captions` and `magnetic_tile` in Parquet. only: names of data
+    sets, detectors or sources; each of the three kinds that is named is restricted to its names. again: rows that are
+    there are measured anew. Raises ConfigError for an unknown name, DataError if data is missing or damaged.
+    """
+    data_sets, detectors, sources = choose(only)
+    rows = {row.key: row for row in _read(target)}
+    backbone = Backbone.load(BackboneConfig())
+    for name in data_sets:
+        bank = FeatureBank(store, backbone)
+        for seed in range(seeds):
+            data = open_data(*DATA_SETS[name](folder, seed))
+            known = {} if again else rows
+            for row in _measure_seed(name, seed, data, folder, bank, detectors, sources, known):
+                rows[row.key] = row
+                _write(target, rows.values())
+                what = f"{name} seed {seed}: {row.detector}, {row.source} ({row.count})"
+                say(f"{what}: AUC {row.auc:.4f}, {row.fit_seconds:.1f} s")
+    old = sum(row.version != VERSION for row in rows.values())
+    if old:
+        say(f"{old} rows were measured by another version of the detectors: --again measures them anew")
+    return list(rows.values())
+
+
+def choose(only: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Data sets, detectors and sources that the names in `only` leave. Raises ConfigError for an unknown name."""
+    kinds = [list(DATA_SETS), list(DETECTORS), [NONE, *SOURCES, OUTSIDE]]
+    unknown = [name for name in only if not any(name in kind for kind in kinds)]
+    if unknown:
+        known = "; ".join(", ".join(kind) for kind in kinds)
+        raise ConfigError(f"--only {unknown[0]}: there is no such data set, detector or source; there are {known}")
+    first, second, third = ([n for n in kind if n in only] or kind for kind in kinds)
+    return first, second, third
+
+
+def _measure_seed(
+    name: str,
+    seed: int,
+    data: DataModule,
+    folder: Path,
+    bank: FeatureBank,
+    detectors: Sequence[str],
+    sources: Sequence[str],
+    known: dict[Key, Row],
+) -> Iterator[Row]:
+    normals = data.normals()
+    count = round(SHARE * (len(normals.train) + len(normals.validation)))
+    wanted = [
+        (detector, source, count if source != NONE else 0)
+        for source in sources
+        for detector in detectors
+        if _fits(detector, source)
+    ]
+    missing = [(d, s, n) for d, s, n in wanted if (name, d, s, n, seed) not in known]
+    if not missing:
+        return
+    test = data.test()
+    assert test is not None
+    train, validation, tested = (bank.features(x) for x in (normals.train, normals.validation, test))
+    for source in dict.fromkeys(s for _, s, _ in missing):
+        images = _anomalies(source, normals.train.images, count, seed, folder)
+        anomalies = bank.features(bare(images)) if images else None
+        for detector in [d for d, s, _ in missing if s == source]:
+            config: Detector = TypeAdapter(Detector).validate_python({"kind": detector})
+            started = time.perf_counter()
+            tuned = TunedDetector.fit(config, bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES)
+            seconds = time.perf_counter() - started
+            measured = metrics(tuned.score(tested).score, test.anomalous)
+            few = test.images[:_TIMED_IMAGES]
+            started = time.perf_counter()
+            tuned.score_images(few)
+            each = 1000 * (time.perf_counter() - started) / len(few)
+            yield Row(
+                name,
+                detector,
+                source,
+                len(images),
+                seed,
+                **measured,
+                fit_seconds=round(seconds, 3),
+                ms_per_image=round(each, 3),
+                version=VERSION,
+            )
+
+
+def _fits(detector: str, source: str) -> bool:
+    made = build(TypeAdapter(Detector).validate_python({"kind": detector}))
+    return not made.needs_anomalies if source == NONE else not made.ignores_anomalies
+
+
+def _anomalies(source: str, normals: Sequence[np.ndarray], count: int, seed: int, folder: Path) -> Sequence[np.ndarray]:
+    if source == NONE:
+        return []
+    if source != OUTSIDE:
+        return make(source, normals, count, seed)
+    files = shards(folder / "cifar10", "train")
+    names = [row["source"] for row in read_rows(files, ["source"])]
+    drawn = [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
+    return decode_rows(read_rows(files, ["image", "source"], pc.field("source").isin(drawn)), str(folder / "cifar10"))
+
+
+class FeatureBank:
+    """Features of images, each computed once although the splits of several seeds share them."""
+
+    def __init__(self, store: Store, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._store = store
+        self._parts: list[Features] = []
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def features(self, images: ImageSet) -> Features:
+        """Features with patches, in the order of the images. What is new is computed, or read from the store."""
+        hashes = [content_hash(image) for image in images.images]
+        new = {h: row for row, h in enumerate(hashes) if h not in self._places}
+        if new:
+            part = len(self._parts)
+            self._parts.append(extract(self._store, self.backbone, images.take(list(new.values())), patches=True))
+            self._places |= {h: (part, row) for row, h in enumerate(new)}
+        places = np.array([self._places[h] for h in hashes])
+        pieces, order = [], []
+        for part in np.unique(places[:, 0]):
+            of_part = np.flatnonzero(places[:, 0] == part)
+            pieces.append(self._parts[part].take(places[of_part, 1]))
+            order.append(of_part)
+        if len(pieces) == 1:
+            return pieces[0]
+        return Features.join(pieces).take(np.argsort(np.concatenate(order)))
+
+
+def _read(target: Path) -> list[Row]:
+    if not target.is_file():
+        return []
+    return [Row(**row) for row in json.loads(target.read_text())["rows"]]
+
+
+def _write(target: Path, rows: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted((asdict(row) for row in rows), key=lambda r: (r["data"], r["detector"], r["source"], r["seed"]))
+    write_json(target, {"versions": versions.computing(), "rows": ordered})

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kka_ray import assets, detector_benchmark
+from kka_ray.data.base import ImageSet
+from kka_ray.data.decode import encode_png
+from kka_ray.detector_benchmark import FeatureBank, choose, measure
+from kka_ray.detectors import DETECTORS
+from kka_ray.detectors.sources import SOURCES
+from kka_ray.errors import ConfigError
+from kka_ray.features.base import Features
+from kka_ray.store import Store
+
+
+def test_names_restrict_their_kind_only():
+    data, detectors, sources = choose(["knn", "magnetic_tile", "head"])
+    assert (data, detectors) == (["magnetic_tile"], ["knn", "head"])
+    assert sources == ["none", *SOURCES, "cifar10"]
+    assert choose(())[1] == list(DETECTORS)
+    with pytest.raises(ConfigError, match="--only svm: there is no such"):
+        choose(["knn", "svm"])
+
+
+class _Counting:
+    """Counts the images that it sees; their feature is their mean."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, store, backbone, images, patches) -> Features:
+        self.seen.append(len(images))
+        return Features(np.array([[x.mean()] for x in images.images], np.float32))
+
+
+def test_features_are_computed_once_and_come_in_the_order_asked_for(monkeypatch):
+    counting = _Counting()
+    monkeypatch.setattr(detector_benchmark, "extract", counting)
+    bank = FeatureBank(None, None)  # type: ignore[arg-type]
+
+    def images(levels) -> ImageSet:
+        none = ("",) * len(levels)
+        pictures = tuple(np.full((2, 2, 3), n, np.uint8) for n in levels)
+        return ImageSet(tuple(map(str, levels)), pictures, none, none, np.zeros(len(levels), bool))
+
+    for levels in ([3, 1, 2], [9, 2, 7, 3, 9], [1, 7]):
+        assert bank.features(images(levels)).pooled[:, 0].tolist() == levels
+    assert counting.seen == [3, 2]
+
+
+@pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="needs EfficientNet-Lite0: `kka setup`")
+def test_a_killed_run_goes_on_and_rows_are_complete(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def write(folder: str, name: str, rows: list[dict]) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / folder / name)
+
+    def picture(level: int) -> bytes:
+        return encode_png(rng.integers(level, level + 60, (16, 16, 3), dtype=np.uint8))
+
+    tiles = [
+        {
+            "image": picture(0 if g < 24 else 190),
+            "label": int(g >= 24),
+            "class_name": "x",
+            "source": f"{g}",
+            "group": f"{g}",
+        }
+        for g in range(32)
+    ]
+    write("magnetic_tile", "all-0.parquet", tiles)
+    write("cifar10", "train-0.parquet", [{"image": picture(100), "source": f"c{i}"} for i in range(9)])
+    target, said = tmp_path / "out" / "detectors.json", []
+
+    def stop_after_two(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    only = ["magnetic_tile", "knn", "head", "none", "noise", "cifar10"]
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, 2, target, Store(str(tmp_path / "store")), stop_after_two, only)
+    first = json.loads(target.read_text())["rows"]
+    assert len(first) == 2
+    again: list[str] = []
+    rows = measure(tmp_path, 2, target, Store(str(tmp_path / "store")), again.append, only)
+    # k-NN ignores anomalies and the head needs some.
+    assert sorted((r.detector, r.source, r.count, r.seed) for r in rows) == sorted(
+        (d, s, n, seed)
+        for seed in (0, 1)
+        for d, s, n in [("knn", "none", 0), ("head", "noise", 1), ("head", "cifar10", 1)]
+    )
+    assert len(again) == 4
+    assert all(row in json.loads(target.read_text())["rows"] for row in first)
+    assert all(0 <= r.auc <= 1 and r.fit_seconds > 0 and r.ms_per_image > 0 for r in rows)
