@@ -1,4 +1,4 @@
-"""Every detector with every source of anomalies that needs no language model, on real photographs, over several seeds."""
+"""Every detector with every anomaly source that needs no language model, on real photographs, over several seeds."""
 
 from __future__ import annotations
 
