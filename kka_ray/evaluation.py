@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from kka_ray import versions
 from kka_ray.cluster import train
+from kka_ray.cluster.fits import fit_worker
 from kka_ray.config.models import AnomalyWeights, Detector, RunConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.detectors import build, sources
@@ -268,6 +269,7 @@ def _fit_all(
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,
                     "threads": config.cluster.train_threads,
+                    "sharing": config.detect.workers if config.detect.share == "steps" else 1,
                     "versions": versions.computing(),
                 }
                 key = stage_key("fit", FIT_VERSION, inputs)
@@ -291,9 +293,10 @@ def _fit_all(
             "patches": prepared.patches,
             "validation": validation_key,
             "false_positive_rate": config.detect.false_positive_rate,
+            "share": config.detect.share,
             "fits": missing,
         }
-        train.run("detect", train.fit_worker, arguments, config.detect.workers, config.cluster)
+        train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster)
     return fits
 
 

@@ -1,4 +1,4 @@
-"""Ray Train V2 jobs: DPO, and the fitting of detectors. What they make goes into the store; nothing is left behind."""
+"""Ray Train V2 jobs, and DPO as one. What they make goes into the store; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -106,60 +106,3 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
             attempt.folder(work / "result")
             attempt.json(result.to_json(), "result")
             store.commit(attempt, arguments["inputs"])
-
-
-def fit_worker(arguments: dict[str, Any]) -> None:
-    """One worker of a fitting job: of the fits it does every n-th, each committed as soon as it is done."""
-    import time
-    from dataclasses import replace
-
-    import numpy as np
-    import torch
-
-    from kka_ray.cluster.leases import open_store
-    from kka_ray.detectors.tuned import VERSION, TunedDetector
-    from kka_ray.features.backbone import Backbone
-    from kka_ray.features.cache import read_features
-    from kka_ray.store import Attempt
-
-    torch.set_num_threads(arguments["threads"])
-    number, workers = rank()
-    store = open_store(arguments["store"])
-    backbone = Backbone.load(arguments["backbone"], "cpu")
-
-    def features(key: str | None) -> Any:
-        if key is None:
-            return None
-        output = store.find("features", key)
-        if output is None:
-            raise StageError(f"features/{key} is not in the store")
-        return read_features(output, patches=arguments["patches"])
-
-    validation = features(arguments["validation"])
-    normals = {key: features(key) for key in {fit["train"] for fit in arguments["fits"][number::workers]}}
-    for fit in arguments["fits"][number::workers]:
-
-        def make(attempt: Attempt, fit: dict[str, Any] = fit) -> None:
-            known, anomalies = normals[fit["train"]], features(fit["anomalies"])
-            if fit["views"]:
-                of_normals, of_anomalies = (features(key) for key in fit["views"])
-                known, anomalies = replace(known, views=of_normals), replace(anomalies, views=of_anomalies)
-            if fit["weights"]:
-                anomalies = replace(anomalies, weights=np.array(fit["weights"], np.float32))
-            started = time.perf_counter()
-            tuned = TunedDetector.fit(
-                fit["detector"],
-                backbone,
-                known,
-                anomalies,
-                validation,
-                seed=fit["seed"],
-                false_positive_rate=arguments["false_positive_rate"],
-            )
-            seconds = time.perf_counter() - started
-            with tempfile.TemporaryDirectory(prefix="kka-fit-") as folder:
-                tuned.save(Path(folder) / "detector")
-                attempt.folder(Path(folder))
-            attempt.json({"fit_seconds": round(seconds, 3)}, "fit")
-
-        store.get_or_make("fit", VERSION, fit["inputs"], make)

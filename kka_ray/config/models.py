@@ -407,7 +407,10 @@ class DetectConfig(Strict):
     views: int = Field(
         0, ge=0, description="augmented views of each anomaly, and as many of normals, to learn from; 0 for none"
     )
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="workers of the Ray Train job that fits the detectors")
+    share: Literal["fits", "steps"] = Field(
+        "fits", description="what the workers share out: whole fits, or the gradient steps of each, for large sets"
+    )
 
     @model_validator(mode="after")
     def _headline_is_there(self) -> DetectConfig:

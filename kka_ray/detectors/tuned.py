@@ -19,12 +19,13 @@ from kka_ray.config.models import BackboneConfig
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors import build
 from kka_ray.detectors.base import Detector
+from kka_ray.detectors.training import ALONE, Training
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
-VERSION = 8
+VERSION = 9
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1
@@ -96,8 +97,11 @@ class TunedDetector:
         validation_features: Features,
         seed: int,
         false_positive_rate: float,
+        training: Training = ALONE,
     ) -> Self:
         """Fits a detector to features that `backbone` extracted, and calibrates it on the validation normals.
+
+        `training` says how gradient steps are run.
 
         Raises DataError without normals or validation normals, ValueError if the detector needs anomalies or patches
         and there are none.
@@ -106,6 +110,7 @@ class TunedDetector:
             if len(features) == 0:
                 raise DataError(f"there are no {name} normals to fit the detector {config.kind} with")
         detector = build(config)
+        detector.training = training
         detector.fit(normals_features, anomalies_features, validation_features, seed)
         calibration = Calibration.of(detector.score(validation_features), false_positive_rate)
         return cls(config, backbone, detector, calibration)
