@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from kka_ray.config import RunConfig, dump, load
+from kka_ray.config.models import Engine
 from kka_ray.errors import KkaError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ Override = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="section.key=value, read as YAML; may be given again")
 ]
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/")]
+EngineOption = Annotated[Engine, typer.Option(help="what runs the backbone: torch, or ONNX Runtime on the CPU")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's and the workers' own logs")]
 
 
@@ -126,11 +128,12 @@ def score(
         Path, typer.Option("--output", help="folder for scores.csv, heatmaps and the contact sheet")
     ] = Path("scores"),
     heatmaps: Annotated[bool, typer.Option(help="write a heatmap an image")] = True,
+    engine: EngineOption = "torch",
 ) -> None:
     """Scores images with a run's detector."""
     from kka_ray.scoring import score_folder
 
-    result = score_folder(images, model, output, heatmaps=heatmaps, console=console)
+    result = score_folder(images, model, output, heatmaps=heatmaps, console=console, engine=engine)
     console.print(
         f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}",
         highlight=False,
@@ -144,12 +147,26 @@ def serve(
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="copies of the detector")] = 1,
+    engine: EngineOption = "torch",
 ) -> None:
     """Serves a run's detector over HTTP until interrupted. The token is KKA_SERVE_TOKEN, or is written to a file."""
     from kka_ray.config.serve import ServeConfig
     from kka_ray.serving import start
 
-    start(run, ServeConfig(host=host, port=port, replicas=replicas), blocking=True, say=_say)
+    start(run, ServeConfig(host=host, port=port, replicas=replicas, engine=engine), blocking=True, say=_say)
+
+
+@app.command()
+def onnx(
+    model: Annotated[Path, typer.Argument(help="the run's folder, or its detector folder")],
+    file: Annotated[Path, typer.Argument(help="the .onnx file to write")],
+) -> None:
+    """Writes a run's detector with its backbone as one ONNX model: images in, scores out."""
+    from kka_ray.detectors.export import export_onnx
+    from kka_ray.scoring import load_detector
+
+    export_onnx(load_detector(model), file)
+    _say(f"ONNX model: {file}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from kka_ray.features.cache import read_features, write_features
 from kka_ray.features.pixels import SIDE
 from kka_ray.store import Attempt, Output, Store
 
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 FLOWERS_VERSION = 1
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kka_ray.config.models import Engine
 from kka_ray.data.decode import MAX_PIXELS, decode, encode_png
 from kka_ray.data.folder import SUFFIXES
 from kka_ray.detectors.tuned import Scores, TunedDetector
@@ -77,9 +78,10 @@ def detector_folder(model: Path) -> Path:
     raise AssetError(f"{model} {what}; name the folder of a finished run, or its detector/ folder")
 
 
-def load_detector(model: Path, device: str = "cpu") -> TunedDetector:
-    """The detector of a run's folder, or in a detector folder. Raises AssetError if there is none."""
-    return TunedDetector.load(detector_folder(model), device=device)
+def load_detector(model: Path, device: str = "cpu", engine: Engine = "torch") -> TunedDetector:
+    """The detector of a run's folder, or in a detector folder. Raises AssetError if there is none, ConfigError if the
+    engine cannot run."""
+    return TunedDetector.load(detector_folder(model), device=device, engine=engine)
 
 
 def judge(tuned: TunedDetector, images: Sequence[np.ndarray], heat: bool) -> tuple[Scores, np.ndarray | None]:
@@ -109,7 +111,9 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.rint((1 - opacity) * image + opacity * colour).astype(np.uint8)
 
 
-def score_folder(images: Path, model: Path, output: Path, *, heatmaps: bool, console: Console) -> ScoreResult:
+def score_folder(
+    images: Path, model: Path, output: Path, *, heatmaps: bool, console: Console, engine: Engine = "torch"
+) -> ScoreResult:
     """Scores an image, or every image below a folder, with a run's detector.
 
     Into `output` go `scores.csv` (a row a file, in the order of the paths), `contact_sheet.png` (the 100 most anomalous
@@ -119,7 +123,7 @@ def score_folder(images: Path, model: Path, output: Path, *, heatmaps: bool, con
     A file that cannot be read is a row with the error. Raises AssetError without a detector, DataError without images
     or if `output` holds heat maps of something else, ResourceError if it cannot be written.
     """
-    tuned = load_detector(model)
+    tuned = load_detector(model, engine=engine)
     files = _find(images, output)
     if not files:
         raise DataError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))}); name an image or a folder with some")

@@ -87,6 +87,10 @@ Data = Annotated[
 # --- features -----------------------------------------------------------------------------------------------------
 
 
+Engine = Literal["torch", "onnx"]
+"""What runs a backbone that scores images."""
+
+
 class BackboneConfig(Strict):
     """The frozen image encoder."""
 

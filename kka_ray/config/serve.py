@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kka_ray.config.models import Strict
+from kka_ray.config.models import Engine, Strict
 
 Format = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 
@@ -27,6 +27,7 @@ class ServeConfig(Strict):
     ingress_replicas: int = Field(1, ge=1, description="processes that read and check requests")
     cpus: float = Field(1, ge=0, description="logical CPUs of a detector replica")
     gpus: float = Field(0, ge=0, description="GPUs of a detector replica, fractions allowed")
+    engine: Engine = Field("torch", description="what runs the backbone; onnx: ONNX Runtime, on the CPU")
     threads: int = Field(1, ge=1, description="threads that a detector replica computes with")
     batch: int = Field(16, ge=1, description="images of one or more requests that are scored together")
     batch_wait: float = Field(0.01, ge=0, description="seconds to wait for a batch to fill")
@@ -35,7 +36,9 @@ class ServeConfig(Strict):
     timeout: float = Field(60, gt=0, description="seconds after which a request is given up, reading it included")
 
     @model_validator(mode="after")
-    def _one_image_fits(self) -> ServeConfig:
+    def _fits_together(self) -> ServeConfig:
         if self.max_bytes > self.max_total_bytes:
             raise ValueError(f"max_bytes {self.max_bytes} is more than max_total_bytes {self.max_total_bytes}")
+        if self.engine == "onnx" and self.gpus:
+            raise ValueError("the engine onnx computes on the CPU: leave gpus at 0, or use the engine torch")
         return self

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka_ray.detectors.training import ALONE, Training
+from kka_ray.errors import ConfigError
 from kka_ray.features.base import Features
 
 
@@ -50,6 +51,11 @@ class Detector(ABC):
     def heatmap(self, features: Features) -> np.ndarray | None:
         """Anomaly scores by place, float32 (N, h, w) on the patch grid; None where the method has none."""
         return None
+
+    def network(self) -> nn.Module:
+        """The score as a module, for export: pooled features (N, D) and, where it needs them, patch features
+        (N, h, w, C), both float32, to scores (N,). Raises ConfigError where the method has no such form."""
+        raise ConfigError(f"{type(self).__name__} cannot be exported: it does not score features by a network")
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kka_ray.config.models import BackboneConfig
+from kka_ray.config.models import BackboneConfig, Engine
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors import build
 from kka_ray.detectors.base import Detector
@@ -25,7 +25,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
-VERSION = 9
+VERSION = 10
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1
@@ -160,8 +160,11 @@ class TunedDetector:
         (folder / "detector.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, backbone: Backbone | None = None, device: str = "cpu") -> Self:
-        """The inverse of `save`. `backbone` spares loading it again where it is at hand; else it goes to `device`.
+    def load(
+        cls, folder: Path, backbone: Backbone | None = None, device: str = "cpu", engine: Engine = "torch"
+    ) -> Self:
+        """The inverse of `save`. `backbone` spares loading it again where it is at hand; else it is loaded onto
+        `device`, to be run by `engine`.
 
         Raises AssetError if the folder holds no detector or a damaged one, or if the backbone is not the one that the
         detector was fitted on.
@@ -179,7 +182,7 @@ class TunedDetector:
             wanted = BackboneConfig.model_validate(values["backbone"])
         except ValidationError as error:
             raise AssetError(f"{file} was written by another version of kka_ray: {error}") from error
-        backbone = backbone or Backbone.load(wanted, device)
+        backbone = backbone or Backbone.load(wanted, device, engine)
         _check_backbone(folder, backbone, wanted, values["backbone_identity"])
         known = dict(values["calibration"])
         normal, quantiles = Robust(**known.pop("normal")), tuple(known.pop("quantiles"))

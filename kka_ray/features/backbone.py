@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kka_ray import assets
-from kka_ray.config.models import BackboneConfig
+from kka_ray.config.models import BackboneConfig, Engine
 from kka_ray.errors import AssetError, ConfigError, DataError
 from kka_ray.features import efficientnet
 from kka_ray.features.base import Features
+from kka_ray.features.onnx import Encoder, OnnxEncoder
 from kka_ray.features.pixels import pixels as to_pixels
 from kka_ray.features.pixels import resize
 
@@ -45,7 +46,7 @@ class _Encoder(ABC):
 class Backbone:
     """A frozen image encoder, made by `load`."""
 
-    def __init__(self, config: BackboneConfig, identity: str, encoder: _Encoder, device: str) -> None:
+    def __init__(self, config: BackboneConfig, identity: str, encoder: Encoder, device: str) -> None:
         self.config = config
         self.identity = identity
         self.device = torch.device(device)
@@ -54,10 +55,15 @@ class Backbone:
         self._std = torch.tensor(encoder.std, device=self.device).view(1, 3, 1, 1)
 
     @classmethod
-    def load(cls, config: BackboneConfig, device: str = "cpu") -> Self:
-        """The backbone named by `config.model` on `device`. Raises AssetError if it is missing or unsuitable,
-        ConfigError if `config.image_size` is less than one of its patches.
+    def load(cls, config: BackboneConfig, device: str = "cpu", engine: Engine = "torch") -> Self:
+        """The backbone named by `config.model` on `device`.
+
+        The engine `onnx` computes on the CPU alone, often faster and with the same result but for rounding. Raises
+        AssetError if the model is missing or unsuitable, ConfigError if `config.image_size` is less than one of its
+        patches or the engine cannot run.
         """
+        if engine == "onnx" and device != "cpu":
+            raise ConfigError(f"the engine onnx computes on the CPU, not on {device}: use the engine torch there")
         model = assets.resolve(config.model)
         encoder: _Encoder
         if config.model == "builtin:efficientnet-lite0":
@@ -67,7 +73,24 @@ class Backbone:
         else:
             encoder = _Transformers(config.model, model.path, config.image_size)
         encoder.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(config, model.identity, encoder, device)
+        if engine == "torch":
+            return cls(config, model.identity, encoder, device)
+        return cls(config, model.identity, OnnxEncoder(encoder, config.image_size), device)
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen network."""
+        return self._encoder.network
+
+    def forward(self, x: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+        """Pooled features float32 (N, D) and, if asked for, patches float16 (N, h, w, C) of images as float32
+        (N, 3, S, S) in 0..255, resized to `config.image_size` S already."""
+        x = (x.to(self.device) / 255 - self._mean) / self._std
+        vector, grid = self._encoder(x.contiguous(memory_format=torch.channels_last), patches)
+        if grid is not None:
+            # Some networks have maps beyond the range of float16, which ends at 65,504.
+            grid = grid.clamp(-6e4, 6e4).permute(0, 2, 3, 1).half()
+        return F.normalize(vector.float(), dim=1), grid
 
     @torch.inference_mode()
     def extract(self, images: Sequence[np.ndarray], patches: bool, pixels: bool = True) -> Features:
@@ -84,13 +107,10 @@ class Backbone:
         pooled, grids = [], []
         for start in range(0, len(images), batch):
             chunk = [resize(x, start + i, self.config.image_size) for i, x in enumerate(images[start : start + batch])]
-            x = (torch.stack(chunk).to(self.device) / 255 - self._mean) / self._std
-            vector, grid = self._encoder(x.contiguous(memory_format=torch.channels_last), patches)
-            pooled.append(F.normalize(vector.float(), dim=1).cpu().numpy())
+            vector, grid = self.forward(torch.stack(chunk), patches)
+            pooled.append(vector.cpu().numpy())
             if grid is not None:
-                # Some networks have maps beyond the range of float16, which ends at 65,504.
-                half = grid.clamp(-6e4, 6e4).permute(0, 2, 3, 1).half()
-                grids.append(half.cpu().numpy())
+                grids.append(grid.cpu().numpy())
         return Features(
             np.concatenate(pooled),
             np.concatenate(grids) if patches else None,
@@ -153,7 +173,7 @@ class _Transformers(_Encoder):
             if not patches:
                 return last.mean((2, 3)), None
             # The last map of stride 8 and of 16, where the network has them.
-            by_side = {m.shape[-1]: m for m in out.hidden_states or () if m.ndim == 4}
+            by_side = {int(m.shape[-1]): m for m in out.hidden_states or () if m.ndim == 4}
             maps = [by_side[side] for side in (self.size // 8, self.size // 16) if side in by_side]
             return last.mean((2, 3)), _one_grid(maps or [last])
         tokens = self._grid(last)

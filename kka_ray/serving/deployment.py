@@ -28,7 +28,8 @@ class DetectorReplica:
         import torch
 
         torch.set_num_threads(config.threads)
-        self._scorer = ImageScorer(load_detector(Path(model), "cuda" if config.gpus else "cpu"), config)
+        device = "cuda" if config.gpus else "cpu"
+        self._scorer = ImageScorer(load_detector(Path(model), device, config.engine), config)
         self.score.set_max_batch_size(config.batch)
         self.score.set_batch_wait_timeout_s(config.batch_wait)
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka_ray.config.models import LinearHead
 from kka_ray.detectors.base import Detector
-from kka_ray.detectors.knn.model import distances
+from kka_ray.detectors.knn.model import NearestNormals, distances
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
@@ -58,6 +58,9 @@ class LinearHeadDetector(Detector):
             return parts["head"].astype(np.float32)
         return sum(self._scales[name](s) for name, s in parts.items()).astype(np.float32)  # type: ignore[union-attr]
 
+    def network(self) -> nn.Module:
+        return _Head(self._weight, self._bias, self._normals, self.config.neighbours, self._scales)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"weight": self._weight}
         if self.config.kind == "fused":
@@ -76,3 +79,24 @@ class LinearHeadDetector(Detector):
         if self.config.kind == "fused":
             parts["knn"] = distances(features.pooled, self._normals, self.config.neighbours)
         return parts
+
+
+class _Head(nn.Module):
+    """The regression in float32, and beside it k-NN where there are scales to sum them by."""
+
+    weight: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: float, normals: Tensor, neighbours: int, scales: dict[str, Robust]
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.float())
+        self.bias, self.scales = bias, scales
+        self.knn = NearestNormals(normals, neighbours) if scales else None
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        head = pooled @ self.weight + self.bias
+        if self.knn is None:
+            return head
+        first, second = self.scales["head"], self.scales["knn"]
+        return (head - first.median) / first.mad + (self.knn(pooled) - second.median) / second.mad

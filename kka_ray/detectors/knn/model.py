@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka_ray.config.models import Knn
 from kka_ray.detectors.base import Detector
@@ -32,12 +32,30 @@ class KnnDetector(Detector):
         """Mean cosine distance to the `neighbours` nearest normals, or to all of them where there are fewer."""
         return distances(features.pooled, self._normals, self.config.neighbours)
 
+    def network(self) -> nn.Module:
+        return NearestNormals(self._normals, self.config.neighbours)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"normals": self._normals}, {}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         self._normals = tensors["normals"]
         return self
+
+
+class NearestNormals(nn.Module):
+    """`distances` in float32."""
+
+    normals: Tensor
+
+    def __init__(self, normals: Tensor, neighbours: int) -> None:
+        super().__init__()
+        self.register_buffer("normals", normals.T.contiguous())
+        self.neighbours = min(neighbours, len(normals))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        nearest = (pooled @ self.normals).topk(self.neighbours, dim=1).values
+        return (1 - nearest.mean(1)).clamp_min(0)
 
 
 def distances(pooled: np.ndarray, normals: Tensor, neighbours: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka_ray.config.models import Mahalanobis
 from kka_ray.detectors.base import Detector
@@ -38,9 +38,29 @@ class MahalanobisDetector(Detector):
         white = torch.linalg.solve_triangular(self._factor, centred.T, upper=False)
         return white.norm(dim=0).float().numpy()
 
+    def network(self) -> nn.Module:
+        return _Distance(self._mean, self._factor)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"mean": self._mean, "factor": self._factor}, {}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         self._mean, self._factor = tensors["mean"], tensors["factor"]
         return self
+
+
+class _Distance(nn.Module):
+    """The distance in float32, as the norm of a whitened feature."""
+
+    whitening: Tensor
+    offset: Tensor
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        identity = torch.eye(len(mean), dtype=factor.dtype)
+        white = torch.linalg.solve_triangular(factor, identity, upper=False)
+        self.register_buffer("whitening", white.T.float().contiguous())
+        self.register_buffer("offset", (white @ mean).float())
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return (pooled @ self.whitening - self.offset).norm(dim=1)

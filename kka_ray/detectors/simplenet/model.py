@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka_ray.config.models import SimpleNet
 from kka_ray.detectors.base import Detector
@@ -88,6 +88,9 @@ class SimpleNetDetector(Detector):
         """-D of each patch, standardised as the worst patch of an image is: about 0 for that of a typical normal."""
         scale = self._scales["patch"]
         return ((self._patch_scores(features) - scale.median) / scale.mad).astype(np.float32)
+
+    def network(self) -> nn.Module:
+        return _Score(self._branches, self._scales, self.config.patch_weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}
@@ -184,3 +187,22 @@ def _worst_patches(
         return images.gather(1, places[..., None].expand(-1, -1, images.shape[2])).flatten(0, 1)
 
     return pick
+
+
+class _Score(nn.Module):
+    """`SimpleNetDetector.score` of pooled and patch features."""
+
+    def __init__(self, branches: dict[str, Branch], scales: dict[str, Robust], patch_weight: float) -> None:
+        super().__init__()
+        self.image, self.patch = branches["image"], branches["patch"]
+        self.scales, self.patch_weight = scales, patch_weight
+
+    def forward(self, pooled: Tensor, patches: Tensor) -> Tensor:
+        grid = patches.flatten(1, 2)
+        mean = grid.mean(1, keepdim=True)
+        deviation = (grid - mean).square().mean(1).sqrt()
+        whole = torch.cat([pooled, mean.squeeze(1), deviation, grid.amax(1)], 1)
+        image, patch = -self.image(whole), (-self.patch(grid)).amax(1)
+        of_image, of_patch = self.scales["image"], self.scales["patch"]
+        score = (image - of_image.median) / of_image.mad
+        return score + self.patch_weight * (patch - of_patch.median) / of_patch.mad

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from kka_ray.config.models import Knn, LinearHead, Mahalanobis, PatchCore, SimpleNet
+from kka_ray.detectors.export import export_onnx
+from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.errors import ConfigError
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.onnx import session
+
+runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+
+def _images(count: int, seed: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8))
+
+
+def _fit(config, backbone: Backbone) -> TunedDetector:
+    normals, anomalies, validation = (
+        backbone.extract([image // (1 + 3 * dark) for image in _images(20, seed)], patches=True)
+        for seed, dark in ((0, False), (1, True), (2, False))
+    )
+    return TunedDetector.fit(config, backbone, normals, anomalies, validation, seed=0, false_positive_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SimpleNet(epochs=1),
+        Knn(kind="knn"),
+        Mahalanobis(kind="mahalanobis"),
+        LinearHead(kind="head"),
+        LinearHead(kind="fused"),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_the_exported_model_gives_the_same_scores(config, backbone, tmp_path):
+    tuned = _fit(config, backbone)
+    export_onnx(tuned, tmp_path / "sub" / "detector.onnx")
+    model = session((tmp_path / "sub" / "detector.onnx").read_bytes())
+    images = _images(3, 3) + [image // 4 for image in _images(2, 4)]
+    wanted = tuned.score_images(images).score
+    given = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32)
+    tolerance = 1e-4 * float(np.abs(wanted).max())
+    for rows in (slice(0, 5), slice(2, 3)):
+        (scores,) = model.run(None, {"images": given[rows]})
+        np.testing.assert_allclose(scores, wanted[rows], rtol=1e-4, atol=tolerance)
+    about = model.get_modelmeta().custom_metadata_map
+    assert float(about["threshold"]) == tuned.calibration.threshold
+    assert (about["detector"], about["image_size"]) == (config.kind, "64")
+
+
+def test_a_detector_without_such_a_form_says_so(backbone, tmp_path):
+    with pytest.raises(ConfigError, match="PatchCoreDetector cannot be exported"):
+        export_onnx(_fit(PatchCore(kind="patchcore"), backbone), tmp_path / "detector.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_engine_changes_scores_and_heat_by_rounding_only(backbone, tmp_path):
+    tuned = _fit(SimpleNet(epochs=1), backbone)
+    tuned.save(tmp_path)
+    other = TunedDetector.load(tmp_path, engine="onnx")
+    images = [*_images(3, 3), np.zeros((64, 64, 3), np.uint8)]
+    wanted, found = tuned.score_images(images).score, other.score_images(images).score
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
+    heat, other_heat = tuned.heatmap_images(images), other.heatmap_images(images)
+    np.testing.assert_allclose(other_heat, heat, rtol=1e-2, atol=1e-2 * float(np.abs(heat).max()))
+
+
+def test_the_engine_is_for_the_cpu(backbone):
+    with pytest.raises(ConfigError, match="not on cuda"):
+        Backbone.load(backbone.config, "cuda", engine="onnx")
