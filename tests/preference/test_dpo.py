@@ -51,6 +51,32 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in results}
 
 
+def test_packed_batches_train_as_trl_does(tmp_path: Path) -> None:
+    """Step for step the loss of TRL's own trainer, which reads a padded row a line."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOTrainer
+
+    from kka_ray.preference import dpo
+
+    config = PreferenceConfig(steps=3, batch=4, micro_batch=4, warmup=0, learning_rate=1e-3)
+    ours = dpo.train_dpo(pairs(), MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "ours")
+    path = assets.resolve(MODEL).path
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=dpo._arguments(config, 0, tmp_path / "theirs", 1),
+        train_dataset=Dataset.from_list(
+            [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs()]
+        ),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=dpo._lora(config),
+    )
+    trainer.train()
+    theirs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [row["loss"] for row in ours.history] == pytest.approx(theirs, abs=2e-4)
+    assert theirs[-1] < theirs[0] - 0.05
+
+
 @pytest.mark.parametrize("name", ["base", "previous"])
 def test_every_round_changes_the_adapter(adapters: dict[str, Path], name: str) -> None:
     first = load_file(adapters["first"] / "adapter_model.safetensors")
