@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 
 from kka_ray.config.models import DeepSad, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
-from kka_ray.confusion.deep_sad import DeepSadEvaluator, Whitening
+from kka_ray.confusion.deep_sad import DeepSadEvaluator
 from kka_ray.confusion.knn import Knn
+from kka_ray.encoders.whitening import Whitening
 from kka_ray.errors import StageError
 from kka_ray.features.pixels import pixels
 from tests.confusion.clouds import DIMENSIONS, cloud
@@ -90,12 +91,12 @@ def test_no_layer_has_a_bias() -> None:
         evaluator = DeepSadEvaluator(config)
         pixel_rows = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
         evaluator.pretrain(cloud(8, 0, 0) if config.input == "features" else pixel_rows, seed=0)
-        assert all("bias" not in name for name, _ in evaluator._encoder.named_parameters())
+        assert all("bias" not in name for name, _ in evaluator.sphere.encoder.named_parameters())
 
 
 def test_whitening_gives_leading_components_about_equal_variance() -> None:
     x = cloud(500, 0, 0) * np.linspace(3, 0.5, DIMENSIONS, dtype=np.float32)
-    z = Whitening(x, 10)(x)
+    z = Whitening.of(x, 10)(x)
     assert z.shape == (500, 10)
     assert z.std(0).min() > 0.9
     assert np.abs(np.corrcoef(z.T) - np.eye(10)).max() < 1e-3
