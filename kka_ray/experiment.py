@@ -20,7 +20,7 @@ from kka_ray import tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.config import config_hash, dump
-from kka_ray.config.models import FlowersData, RunConfig
+from kka_ray.config.models import ApiSampler, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
@@ -146,11 +146,26 @@ def summarise(
         "audit": result.audit.diagnostics if result.audit else {},
         "evaluation": evaluation.to_json(),
     }
+    if isinstance(config.describe.sampler, ApiSampler):
+        summary["api"] = api_usage(result, config.describe.sampler)
     if isinstance(config.data, FlowersData):
         from kka_ray import truth
 
         summary["truth"] = truth.measure(result)
     return summary
+
+
+def api_usage(result: LoopResult, sampler: ApiSampler) -> dict[str, float]:
+    """What an API was asked for, over all rounds, and its `cost` in the currency of the configured prices.
+
+    Counted is what was needed for this run's results, found in the store or not; answers that were lost are not.
+    """
+    from kka_ray.describe.api_sampler import cost
+
+    usage: Counter[str] = Counter()
+    for r in result.rounds:
+        usage.update(r.usage)
+    return {**usage, "cost": cost(usage, sampler)}
 
 
 def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> dict[str, Any]:
@@ -191,6 +206,7 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
         "unique_share": r.unique_share,
         "distinct_2": r.distinct_2,
         "perplexity": r.perplexity,
+        "usage": r.usage,
         "kept": len(r.kept),
         "status": r.status,
         "seconds": r.seconds | {f"{k}_work": round(v, 2) for k, v in r.drawn.seconds.items()},

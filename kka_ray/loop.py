@@ -19,7 +19,7 @@ import numpy as np
 from kka_ray import assets, versions
 from kka_ray.cluster import train
 from kka_ray.cluster.streaming import Drawn, Streamer
-from kka_ray.config.models import RunConfig
+from kka_ray.config.models import ApiSampler, RunConfig
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
@@ -55,9 +55,12 @@ class Round:
     diversity: float
     distinct_2: float
     unique_share: float
-    perplexity: float
+    perplexity: float | None
+    """None where the sampler is an API that gives no log-probabilities of what is there already."""
     seconds: dict[str, float]
     diagnostics: dict[str, float]
+    usage: dict[str, int] = field(default_factory=dict)
+    """What was asked of an API: requests, retries, prompt_tokens, completion_tokens; empty for a model of our own."""
 
 
 @dataclass
@@ -120,7 +123,8 @@ class Loop:
             preferred = time.perf_counter()
             descriptions, drawn = self._describe_and_render(result, number)
             rendered = time.perf_counter()
-            measures = self._drift(result, number, drawn.raw)
+            measures = self._drift(result, drawn.raw)
+            usage = dict(drawn.usage + Counter(measures.pop("usage")))
             self.progress("judge", number, 0, len(drawn.ids))
             judged = self._judge(result, drawn, descriptions)
             self.progress("judge", number, len(drawn.ids), len(drawn.ids))
@@ -143,6 +147,7 @@ class Loop:
                     **measures,
                     seconds=seconds,
                     diagnostics=judged.diagnostics,
+                    usage=usage,
                 )
             )
             self.progress("round", number, number + 1, config.loop.rounds + 1)
@@ -186,21 +191,24 @@ class Loop:
         check_drawn(descriptions, drawn, number)
         return descriptions, drawn
 
-    def _drift(self, result: LoopResult, number: int, raw: list[tuple[str, str]]) -> dict[str, float]:
+    def _drift(self, result: LoopResult, raw: list[tuple[str, str]]) -> dict[str, Any]:
         """Diversity and perplexity of the raw lines, before any is refused; perplexity under the untuned model."""
         text_of = {p.id: p.text for p in result.prompts}
-        key_inputs = {"raw": _digest(raw), "model": self.streamer.sampler_identity, "versions": versions.computing()}
+        sampler = self.config.describe.sampler
+        measured = not isinstance(sampler, ApiSampler) or sampler.echo
+        key_inputs = {"raw": _digest(raw), "perplexity": measured, **self.streamer.sampler_inputs()}
 
         def make(attempt: Attempt) -> None:
             lines = [line for _, line in raw]
-            log_probs = self.streamer.log_probs([text_of[p] for p, _ in raw], lines)
+            log_probs, usage = self.streamer.log_probs([text_of[p] for p, _ in raw], lines) if measured else (None, {})
             stripped = [line.strip() for line in lines]
             attempt.json(
                 {
                     "diversity": drift.diversity(self.encoder.embed(stripped)),
                     "distinct_2": drift.distinct_2(stripped),
                     "unique_share": drift.unique_share(stripped),
-                    "perplexity": drift.perplexity(log_probs),
+                    "perplexity": None if log_probs is None else drift.perplexity(log_probs),
+                    "usage": usage,
                 },
                 "drift",
             )
@@ -277,6 +285,7 @@ class Loop:
             "pairs", pairs.VERSION, {"pairs": _digest(table.to_pylist())}, lambda a: a.table(table)
         )
         sampler = self.config.describe.sampler
+        assert not isinstance(sampler, ApiSampler), "a configuration with an API and DPO is refused as it is read"
         inputs = {
             "pairs": pairs_output.key,
             "previous": previous,
@@ -300,6 +309,7 @@ class Loop:
                     "inputs": inputs,
                     "trust_remote_code": sampler.trust_remote_code,
                 }
+                self.streamer.rest_samplers()
                 train.run("dpo", train.dpo_worker, arguments, self.config.preference.workers, self.config.cluster)
         output = self.store.find("dpo", key)
         assert output is not None, "a DPO job ended without committing its adapter"

@@ -86,6 +86,13 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
             "against real ones; 0.5 if being drawn made no difference)",
             highlight=False,
         )
+    if "api" in summary:
+        api = summary["api"]
+        console.print(
+            f"API: {api.get('requests', 0)} requests, {api.get('prompt_tokens', 0)} prompt and "
+            f"{api.get('completion_tokens', 0)} written tokens, cost {api['cost']:.4f}",
+            highlight=False,
+        )
     console.print(
         f"described {summary['described_fraction']:.1%}, drawn {summary['drawn_fraction']:.1%}, kept "
         f"{summary['generated_fraction']:.1%} of {summary['normals']} normals; {summary['wall_seconds']:.0f} s",

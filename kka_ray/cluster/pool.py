@@ -131,6 +131,17 @@ class Pool:
         self._fill()
         return results
 
+    def rest(self) -> None:
+        """Calls `sleep()` of every worker that is ready: it gives memory back until its next chunk.
+
+        One that is dead has given it back already, and is replaced with its next chunk.
+        """
+        for call in [worker.actor.sleep.remote() for worker in self._workers if worker.loading is None]:
+            try:
+                ray.get(call)
+            except RayActorError as error:
+                log.warning("%s: a worker died while it was idle: %s", self.name, str(error).splitlines()[0])
+
     def stop(self) -> None:
         """Ends the actors and forgets what they were doing."""
         for worker in self._workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from kka_ray.cluster.workers import RenderTask, RenderWorker, SamplerWorker, Sam
 from kka_ray.config.models import RunConfig
 from kka_ray.data.decode import decode
 from kka_ray.describe.guard import Guard
+from kka_ray.describe.sampler import engine_versions, model_identity
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features
 from kka_ray.prepare import Prepared, feature_inputs
@@ -39,6 +41,8 @@ class Drawn:
     features: Features = field(default_factory=lambda: Features(np.zeros((0, 0), np.float32)))
     raw: list[tuple[str, str]] = field(default_factory=list)
     """(prompt id, raw line) of every line written."""
+    usage: Counter[str] = field(default_factory=Counter)
+    """What was asked of an API for the round's lines: requests, retries, tokens."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that workers spent on the round's chunks, by stage, whenever that was."""
 
@@ -51,7 +55,8 @@ class Streamer:
         cluster = config.cluster
         self.normals = Drawn()
         """The normal captions that were drawn, once a round has run after `submit_normals`."""
-        self.sampler_identity = assets.resolve(config.describe.sampler.model).identity
+        self.sampler_identity = model_identity(config.describe.sampler)
+        self._sampler_versions = versions.computing() | engine_versions(config.describe.sampler)
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
         self._samplers = Pool(
             "samplers",
@@ -71,8 +76,9 @@ class Streamer:
         self._samplers.stop()
         self._renderers.stop()
 
-    def log_probs(self, prompts: list[str], completions: list[str]) -> list[list[float]]:
-        """Token log-probabilities under the untuned model, shared out among the samplers."""
+    def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int]]:
+        """Token log-probabilities under the untuned model, shared out among the samplers, and what was asked of an API
+        for them."""
         rows = [(f"l{i:06d}", *pair) for i, pair in enumerate(zip(prompts, completions, strict=True))]
         size = self.config.describe.chunk
         budget = ErrorBudget("scoring the lines", len(rows), self.config.cluster)
@@ -81,7 +87,24 @@ class Streamer:
         for k, i in enumerate(range(0, len(rows), size)):
             self._samplers.submit(k, ScoreTask(rows=tuple(rows[i : i + size])))
         parts = {k: part for _, k, part in drain([self._samplers])}
-        return [row for k in sorted(parts) for row in parts[k]]
+        usage: Counter[str] = Counter()
+        for _, taken in parts.values():
+            usage.update(taken)
+        return [row for k in sorted(parts) for row in parts[k][0]], dict(usage)
+
+    def sampler_inputs(self) -> dict[str, Any]:
+        """The sampler's part of the keys of what it makes."""
+        sampler = self.config.describe.sampler
+        return {
+            "model": self.sampler_identity,
+            "sampler": sampler.model_dump(mode="json", exclude=set(sampler.INCIDENTAL)),
+            "threads": self.config.cluster.samplers.threads,
+            "versions": self._sampler_versions,
+        }
+
+    def rest_samplers(self) -> None:
+        """Lets samplers give memory back while others need it; they wake up by themselves with the next chunk."""
+        self._samplers.rest()
 
     def submit_normals(self) -> None:
         """Hands captions of training normals to the renderers; `run` collects them with its round's images."""
@@ -196,15 +219,12 @@ class Streamer:
         ]
 
     def _sample_inputs(self, chunk: list[tuple[str, str, int]], seed: int, adapter: str | None) -> dict[str, Any]:
-        keys = {"sampler", "temperature", "top_p", "max_tokens"}
         return {
             "prompts": [list(row) for row in chunk],
             "seed": seed,
             "adapter": adapter,
-            "model": self.sampler_identity,
-            "config": self.config.describe.model_dump(mode="json", include=keys),
-            "threads": self.config.cluster.samplers.threads,
-            "versions": versions.computing(),
+            "config": self.config.describe.model_dump(mode="json", include={"temperature", "top_p", "max_tokens"}),
+            **self.sampler_inputs(),
         }
 
     def _read_chunk(
@@ -213,6 +233,8 @@ class Streamer:
         """Judges a chunk's lines; returns (id, text, prompt id) of those that may be drawn."""
         output = self._output("sample", key)
         drawn.seconds["describe"] = drawn.seconds.get("describe", 0.0) + output.seconds
+        if "usage.json" in output.files:
+            drawn.usage.update(output.json("usage"))
         rows = output.table().to_pylist()
         good = [row for row in rows if not row["error"]]
         drawn.raw += [(row["prompt_id"], row["raw"]) for row in good]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kka_ray.features.backbone import Backbone
     from kka_ray.render.renderer import DrawError, Renderer
 
-SAMPLE_VERSION = 2
+SAMPLE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class RenderTask(Task):
 
 class SamplerWorker:
     """Writes lines. The result for a `SampleTask` is the key of an output of stage `sample`: a table with id,
-    prompt_id, raw and error; that for a `ScoreTask` a list of log-probabilities a row."""
+    prompt_id, raw and error; that for a `ScoreTask` a list of log-probabilities a row, and the usage of an API."""
 
     engine: Sampler
 
@@ -86,7 +86,7 @@ class SamplerWorker:
         torch.set_num_threads(self.threads)
         self.engine = build_sampler(self.config, self.device)
 
-    def work(self, task: SampleTask | ScoreTask) -> str | list[list[float]]:
+    def work(self, task: SampleTask | ScoreTask) -> str | tuple[list[list[float]], dict[str, int]]:
         """Makes a chunk, unless it is in the store."""
         if isinstance(task, ScoreTask):
             return self._score(task)
@@ -98,6 +98,10 @@ class SamplerWorker:
             self._score(task)
         else:
             self._sample(task)
+
+    def sleep(self) -> None:
+        """Gives memory back until the next call, where the configuration says so."""
+        self.engine.sleep()
 
     def _use(self, adapter: str | None) -> None:
         if adapter == self.adapter:
@@ -120,17 +124,19 @@ class SamplerWorker:
                     rows.append({"id": id_, "prompt_id": prompt_id, "raw": raw, "error": error})
         return rows
 
-    def _score(self, task: ScoreTask) -> list[list[float]]:
-        """Natural-log probabilities of each row's tokens; none for the rows at fault."""
+    def _score(self, task: ScoreTask) -> tuple[list[list[float]], dict[str, int]]:
+        """Natural-log probabilities of each row's tokens, none for the rows at fault; and what an API was asked."""
         self._use(task.adapter)
         good = [row for row in task.rows if row[0] not in task.failed]
         values = self.engine.log_probs([row[1] for row in good], [row[2] for row in good]) if good else []
         of = dict(zip([row[0] for row in good], values, strict=True))
-        return [of.get(row[0], []) for row in task.rows]
+        return [of.get(row[0], []) for row in task.rows], self.engine.take_usage()
 
     def _make(self, task: SampleTask, attempt: Attempt) -> None:
         names = ("id", "prompt_id", "raw", "error")
         attempt.table(pa.Table.from_pylist(self._sample(task), schema=pa.schema([(n, pa.string()) for n in names])))
+        if usage := self.engine.take_usage():
+            attempt.json(usage, "usage")
 
 
 class RenderWorker:

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from kka_ray.config.samplers import ApiSampler, Sampler, TransformersSampler, VllmSampler
+from kka_ray.config.strict import Strict
 
 # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -100,34 +96,6 @@ class BackboneConfig(Strict):
 
 
 # --- describe -----------------------------------------------------------------------------------------------------
-
-
-class TransformersSampler(Strict):
-    """Sampling with transformers: batched, with a key-value cache. Repeats bit for bit."""
-
-    kind: Literal["transformers"] = "transformers"
-    model: str = "builtin:smollm2-135m-instruct"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the device computes in it, else float32"
-    )
-    batch: int = Field(64, ge=1)
-    trust_remote_code: bool = False
-
-
-class VllmSampler(Strict):
-    """Sampling with vLLM. Continuous batching; does not promise to repeat bit for bit."""
-
-    kind: Literal["vllm"]
-    model: str = "builtin:smollm2-135m-instruct"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tensor_parallel: int = Field(1, ge=1)
-    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that the engine takes")
-    max_model_len: int = Field(2048, ge=64)
-    quantization: str | None = None
-    trust_remote_code: bool = False
-
-
-Sampler = Annotated[TransformersSampler | VllmSampler, Field(discriminator="kind")]
 
 
 class GuardConfig(Strict):
@@ -500,4 +468,13 @@ class RunConfig(Strict):
                 "detect asks for drawn normals, but render.normals is 0: set it to 64 or more, or leave drawn_normals "
                 "out of detect"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> RunConfig:
+        sampler, pool = self.describe.sampler, self.cluster.samplers
+        if isinstance(sampler, ApiSampler):
+            sampler.check(self.loop.rounds, pool.workers)
+        if isinstance(sampler, VllmSampler):
+            sampler.check(pool.gpus, self.preference.lora_rank)
         return self

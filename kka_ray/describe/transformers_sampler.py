@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, TransformersSampler
-from kka_ray.errors import StageError
+from kka_ray.describe.lora import merged_weights
 from kka_ray.features.device import compute_dtype
 
 
@@ -31,7 +29,6 @@ class TransformersEngine:
         self.device = torch.device(device)
         self.dtype = compute_dtype(engine.dtype, self.device)
         model = assets.resolve(engine.model)
-        self.identity = f"{model.identity}/{self.dtype}"
         self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=engine.trust_remote_code)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
@@ -54,20 +51,16 @@ class TransformersEngine:
         self._raw = {}
         if folder is None:
             return
-        config = LoraConfig.from_pretrained(str(folder))
-        scale = config.lora_alpha / config.r
-        adapter = load_file(folder / "adapter_model.safetensors")
-        downs = [k for k in adapter if k.endswith(".lora_A.weight")]
-        if not downs:
-            raise StageError(f"{folder} holds no LoRA weights")
-        for key in downs:
-            name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            if name not in weights:
-                raise StageError(f"the adapter {folder} changes {name}, which this model does not have")
-            up = adapter[key.replace(".lora_A.", ".lora_B.")].float()
-            delta = scale * (up @ adapter[key].float())
+        for name, merged in merged_weights(folder, weights.get):
             self._raw[name] = weights[name].detach().clone()
-            weights[name].copy_((weights[name].float() + delta.to(self.device)).to(self.dtype))
+            weights[name].copy_(merged)
+
+    def take_usage(self) -> dict[str, int]:
+        """Nothing was asked of a service."""
+        return {}
+
+    def sleep(self) -> None:
+        """Nothing is given back."""
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:

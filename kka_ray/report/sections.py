@@ -101,7 +101,7 @@ def rounds(rows: Rows) -> dict[str, Any]:
     shown = [
         {"title": title, "note": note, "svg": charts.series([r[key] for r in rows], title, write)}
         for key, title, note, write in _MEASURES
-        if rows
+        if rows and all(r[key] is not None for r in rows)
     ]
     return {"charts": shown, "stalled": [(i, r["status"]) for i, r in enumerate(rows) if r["status"] != "ok"]}
 

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kka_ray.config.models import ApiSampler, DescribeConfig
+from kka_ray.describe.api_sampler import ApiEngine, RateLimit, cost
+from kka_ray.errors import ConfigError, StageError
+from tests.describe.completions_server import Service, completions_server
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with completions_server() as service:
+        yield service
+
+
+def engine(service: Service, waits: list[float] | None = None, **options: Any) -> ApiEngine:
+    sampler = ApiSampler(kind="api", base_url=service.url, model="m", requests_per_minute=1e9, **options)
+    return ApiEngine(
+        DescribeConfig(sampler=sampler, max_tokens=7, top_p=0.9), sleep=([] if waits is None else waits).append
+    )
+
+
+def test_lines_come_back_with_their_prompts_and_in_their_order(service: Service) -> None:
+    written = engine(service, concurrency=4).sample(["one", "two", "three"], 2, seed=5)
+    assert written == [[" one 0\n", " one 1"], [" two 0\n", " two 1"], [" three 0\n", " three 1"]]
+    first = next(body for body in service.asked if body["prompt"] == "one")
+    assert (first["model"], first["n"], first["max_tokens"], first["top_p"], first["stop"]) == ("m", 2, 7, 0.9, ["\n"])
+    assert len({body["seed"] for body in service.asked}) == 3
+
+
+def test_tokens_are_counted_once_and_priced(service: Service) -> None:
+    sampler = engine(service, prompt_price=1.0, completion_price=10.0)
+    sampler.sample(["a b c d", "e"], 2, seed=0)
+    usage = sampler.take_usage()
+    assert usage == {"requests": 2, "prompt_tokens": 5, "completion_tokens": 12}
+    assert cost(usage, sampler.engine) == pytest.approx((5 * 1 + 12 * 10) / 1e6)
+    assert sampler.take_usage() == {}
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_service_is_asked_again_after_longer_and_longer_pauses(service: Service, status: int) -> None:
+    service.failures = [(status, {})] * 3
+    waits: list[float] = []
+    sampler = engine(service, waits)
+    assert sampler.sample(["x"], 1, seed=0) == [[" x 0\n"]]
+    assert sampler.take_usage()["retries"] == 3
+    pauses = [w for w in waits if w > 0.1]
+    assert len(pauses) == 3
+    assert all(2**k / 2 <= pause <= 2**k for k, pause in enumerate(pauses))
+
+
+def test_the_service_says_how_long_to_wait(service: Service) -> None:
+    service.failures = [(429, {"Retry-After": "17"})]
+    waits: list[float] = []
+    engine(service, waits).sample(["x"], 1, seed=0)
+    assert 17.0 in waits
+
+
+def test_a_service_that_stays_busy_ends_with_what_it_said(service: Service) -> None:
+    service.failures = [(503, {})] * 3
+    with pytest.raises(StageError, match=r"(?s)failed 3 times.*HTTP 503.*not now"):
+        engine(service, retries=2).sample(["x"], 1, seed=0)
+
+
+def test_a_service_that_is_not_there_is_named() -> None:
+    with completions_server() as service:
+        pass
+    with pytest.raises(StageError, match=r"127\.0\.0\.1.*ConnectError"):
+        engine(service, retries=1).sample(["x"], 1, seed=0)
+
+
+def test_a_request_that_is_refused_is_not_sent_again(service: Service) -> None:
+    service.failures = [(401, {})]
+    with pytest.raises(StageError, match="HTTP 401"):
+        engine(service).sample(["x"], 1, seed=0)
+    assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize("body", [{"choices": []}, {"choices": [], "usage": {}}, {"id": 3}])
+def test_an_answer_of_another_kind_is_refused(service: Service, body: dict[str, Any]) -> None:
+    service.body = body
+    with pytest.raises(StageError, match="no OpenAI-compatible completions API"):
+        engine(service).sample(["x"], 1, seed=0)
+
+
+def test_the_key_is_sent_and_shown_nowhere(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("SOME_KEY", "secret-123")
+    service.failures = [(503, {}), (400, {})]
+    sampler = engine(service, key_variable="SOME_KEY")
+    with pytest.raises(StageError) as error:
+        sampler.sample(["x"], 1, seed=0)
+    assert service.keys == ["Bearer secret-123"] * 2
+    assert "secret-123" not in caplog.text + str(error.value) + sampler.config.model_dump_json() + repr(vars(sampler))
+
+
+def test_a_key_that_is_not_set_is_named(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match="SOME_KEY"):
+        engine(service, key_variable="SOME_KEY")
+
+
+def test_log_probabilities_are_those_behind_the_prompt(service: Service) -> None:
+    assert engine(service, echo=True).log_probs(["a b", "a"], [" c d", " e"]) == [[-2.0, -3.0], [-1.0]]
+    assert all(body["echo"] and body["max_tokens"] == 0 for body in service.asked)
+
+
+def test_turns_are_given_at_the_wanted_rate() -> None:
+    now = [0.0]
+    limit = RateLimit(120, clock=lambda: now[0])
+    assert [limit.reserve() for _ in range(3)] == pytest.approx([0, 0.5, 1])
+    now[0] = 10.0
+    assert [limit.reserve() for _ in range(2)] == pytest.approx([0, 0.5])
