@@ -56,6 +56,24 @@ def run(
 
 
 @app.command()
+def plan(config: ConfigFile, override: Override = None) -> None:
+    """Says which processes run where on the cluster, with their models, memory and a rough time, or what is missing."""
+    from kka_ray.cluster.estimate import estimate
+    from kka_ray.cluster.plan import make_plan
+    from kka_ray.cluster.session import nodes, session
+    from kka_ray.experiment import absolute
+    from kka_ray.store import Store
+    from kka_ray.terminal import show_plan
+
+    resolved = absolute(load(config, RunConfig, override or ()))
+    wanted = make_plan(resolved)
+    with session(resolved.cluster):
+        places = wanted.place(nodes())
+    times = estimate(resolved, Store(resolved.store.uri))
+    show_plan(wanted, places, times, resolved.cluster.mode == "colocated", console)
+
+
+@app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False
 ) -> None:

@@ -121,9 +121,8 @@ class Loop:
             if number:
                 result.adapter, status, training = self._prefer(result, number)
             preferred = time.perf_counter()
-            descriptions, drawn = self._describe_and_render(result, number)
+            descriptions, drawn, measures = self._describe_and_render(result, number)
             rendered = time.perf_counter()
-            measures = self._drift(result, drawn.raw)
             usage = dict(drawn.usage + Counter(measures.pop("usage")))
             self.progress("judge", number, 0, len(drawn.ids))
             judged = self._judge(result, drawn, descriptions)
@@ -184,12 +183,21 @@ class Loop:
         output = self.store.get_or_make("prompts", prompts.VERSION, inputs, make)
         return from_table(Prompt, output.table())
 
-    def _describe_and_render(self, result: LoopResult, number: int) -> tuple[list[Description], Drawn]:
+    def _describe_and_render(self, result: LoopResult, number: int) -> tuple[list[Description], Drawn, dict[str, Any]]:
+        """A round's lines and images, and how varied its lines are."""
         seed = self.config.seed * 1000 + number
-        descriptions, drawn = self.streamer.run(result.prompts, number, seed, result.adapter, self.progress)
+        measures: dict[str, Any] = {}
+        descriptions, drawn = self.streamer.run(
+            result.prompts,
+            number,
+            seed,
+            result.adapter,
+            self.progress,
+            lambda raw: measures.update(self._drift(result, raw)),
+        )
         result.normals = self.streamer.normals
         check_drawn(descriptions, drawn, number)
-        return descriptions, drawn
+        return descriptions, drawn, measures
 
     def _drift(self, result: LoopResult, raw: list[tuple[str, str]]) -> dict[str, Any]:
         """Diversity and perplexity of the raw lines, before any is refused; perplexity under the untuned model."""

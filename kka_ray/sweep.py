@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kka_ray import tracking
 from kka_ray.cluster import leases
-from kka_ray.cluster.plan import Plan, Share, make_plan
+from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
@@ -134,9 +134,20 @@ def run(
 
 
 def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
-    """The shares of all trials that run at the same time."""
-    shares = [Share("trials", 1, TRIAL_CPUS, 0, 1), *make_plan(config).shares]
-    return Plan(tuple(Share(s.name, s.processes * concurrency, s.cpus, s.gpus, s.threads) for s in shares))
+    """The phases of trials that run at the same time, in step. A trial holds its pools' places from first to last."""
+    plan = make_plan(config)
+    pools = {s.name: s for phase in plan.phases for s in phase.shares if s.name in ("samplers", "renderers")}
+    held = [Share("trials", 1, TRIAL_CPUS, 0, 1), *pools.values()]
+    trains = {s for phase in plan.phases for s in phase.shares if s.name not in pools}
+    return Plan(
+        tuple(
+            Phase(
+                f"{concurrency} trials, {train.name}",
+                tuple(replace(s, processes=s.processes * concurrency) for s in (*held, train)),
+            )
+            for train in sorted(trains, key=lambda s: s.name)
+        )
+    )
 
 
 def run_trials(

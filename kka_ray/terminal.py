@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from kka_ray.cluster.estimate import Estimate
+    from kka_ray.cluster.plan import Plan
 
 _TITLES = {
     "prepare": "normals",
@@ -61,6 +65,38 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Prints a warning at once."""
         self.console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def show_plan(
+    plan: Plan, places: dict[tuple[str, str], dict[str, int]], times: list[Estimate], turns: bool, console: Console
+) -> None:
+    """Who runs where, what it loads, and how long it may take."""
+    from kka_ray.cluster.estimate import total
+
+    for phase in plan.phases:
+        table = Table(title=f"{phase.name}: {phase.cpus:g} CPU and {phase.gpus:g} GPU at once", title_justify="left")
+        for name in ("processes", "each", "engine", "weights each", "nodes"):
+            table.add_column(name)
+        for share in phase.shares:
+            threads = f"{share.threads} thread{'s' if share.threads > 1 else ''}"
+            each = ", ".join([f"{share.cpus:g} CPU", *([f"{share.gpus:g} GPU"] if share.gpus else []), threads])
+            weights = "not fetched yet" if share.weights is None else f"{share.weights / 1e9:.2f} GB"
+            where = ", ".join(f"{count} on {node}" for node, count in places[phase.name, share.name].items())
+            table.add_row(f"{share.processes} {share.name}", each, share.engine, weights, where)
+        console.print(table)
+    for row in times:
+        known = "nothing like it in the store yet" if row.seconds is None else f"about {_duration(row.seconds)}"
+        console.print(f"{row.stage}: {row.work}, {known}", highlight=False)
+    whole = total(times, turns=turns)
+    if whole is not None:
+        console.print(f"in all about {_duration(whole)}, the models' loading and the judging left out", highlight=False)
+    console.print("it fits", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> None:

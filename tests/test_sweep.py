@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kka_ray import assets, objective, sweep
-from kka_ray.cluster import train
+from kka_ray.cluster import fits, train
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config import load
 from kka_ray.config.models import RunConfig
@@ -159,7 +159,7 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
         function({**arguments, "threads": 1})
 
     monkeypatch.setattr(train, "run", run)
-    monkeypatch.setattr(train, "rank", lambda: (0, 1))
+    monkeypatch.setattr(fits, "rank", lambda: (0, 1))
     monkeypatch.setattr(objective, "FEWEST", 1)
     values = {
         "name": "x",

@@ -1,27 +1,39 @@
-"""Who gets which CPUs and GPUs, checked against the cluster before anything starts.
+"""Who gets which CPUs and GPUs on which node, checked against the cluster before anything starts.
 
 An actor pool whose actors cannot all be placed would wait for ever without a word, so nothing is started before the
-plan fits.
+plan fits. A run has phases; what belongs to one phase must fit at once.
+
+- `cluster.mode: disjoint`: samplers, renderers and the DPO job have places of their own and stay while a round lasts.
+  Fractions of a GPU share it: 0.4 for a sampler, 0.3 for a renderer and 0.3 for training fit one.
+- `colocated`: they take turns. The engines of one end before the next starts: an engine that sleeps keeps its place.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kka_ray.config.models import RunConfig
+from kka_ray import assets
+from kka_ray.config.models import PoolConfig, RunConfig
 from kka_ray.errors import ResourceError
+
+_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one group of processes asks for; `cpus` and `gpus` are a process's."""
+    """What one group of processes asks for; `cpus`, `gpus` and `weights` are a process's."""
 
     name: str
     processes: int
     cpus: float
     gpus: float
     threads: int
+    engine: str = ""
+    """What they run, in words."""
+    weights: int | None = None
+    """Bytes of the model's weights on disk; None where the model is not on this machine yet."""
 
     def __str__(self) -> str:
         gpus = f", {self.gpus:g} GPU" if self.gpus else ""
@@ -30,71 +42,144 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The shares of a run. The pools stay while Ray Train jobs come and go, so all of them must fit at once."""
+class Phase:
+    """Shares that are needed at the same time."""
 
+    name: str
     shares: tuple[Share, ...]
 
     @property
     def cpus(self) -> float:
-        """Logical CPUs that the run asks for at its widest."""
+        """Logical CPUs in all."""
         return sum(s.processes * s.cpus for s in self.shares)
 
     @property
     def gpus(self) -> float:
-        """GPUs that the run asks for at its widest."""
+        """GPUs in all."""
         return sum(s.processes * s.gpus for s in self.shares)
 
+
+@dataclass
+class _Node:
+    name: str
+    cpus: float
+    gpus: list[float]
+    """What is left of each GPU."""
+    memory: float
+    """Bytes left; infinite where the node does not say."""
+    taken: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, number: int, resources: Mapping[str, float]) -> _Node:
+        names = [k.removeprefix("node:") for k in resources if k.startswith("node:") and "__" not in k]
+        whole = [1.0] * int(resources.get("GPU", 0.0))
+        memory = resources.get("memory", float("inf"))
+        return cls(names[0] if names else f"node {number}", resources.get("CPU", 0.0), whole, memory)
+
+    def take(self, share: Share) -> bool:
+        """Places a process here if there is room. Part of a GPU is part of one GPU."""
+        memory = share.weights or 0 if not share.gpus else 0  # a GPU's memory is not known before it is used
+        if share.cpus > self.cpus + _SLACK or memory > self.memory:
+            return False
+        if 0 < share.gpus < 1:
+            # The fullest that suffices, so that whole ones stay whole.
+            fitting = [i for i, left in enumerate(self.gpus) if left + _SLACK >= share.gpus]
+            if not fitting:
+                return False
+            self.gpus[min(fitting, key=self.gpus.__getitem__)] -= share.gpus
+        elif share.gpus:
+            whole = [i for i, left in enumerate(self.gpus) if left > 1 - _SLACK][: int(share.gpus)]
+            if len(whole) < share.gpus:
+                return False
+            for i in whole:
+                self.gpus[i] = 0.0
+        self.cpus -= share.cpus
+        self.memory -= memory
+        self.taken[share.name] += 1
+        return True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a run."""
+
+    phases: tuple[Phase, ...]
+
     def check(self, nodes: Sequence[Mapping[str, float]]) -> None:
-        """Places every process on the nodes, largest first. Raises ResourceError naming what does not fit.
+        """Raises ResourceError naming what does not fit. `nodes` are the resources of each node (`CPU`, `GPU`, ...)."""
+        self.place(nodes)
 
-        `nodes` are the resources of each node, with the keys `CPU` and `GPU`.
+    def place(self, nodes: Sequence[Mapping[str, float]]) -> dict[tuple[str, str], dict[str, int]]:
+        """Processes by node for each (phase, share), the largest placed first. Raises ResourceError if one has no room.
+
+        Ray chooses the nodes itself when the processes start; this shows that there is a way.
         """
-        free = [{"CPU": n.get("CPU", 0.0), "GPU": n.get("GPU", 0.0)} for n in nodes]
-        for share in sorted(self.shares, key=lambda s: (s.gpus, s.cpus), reverse=True):
-            for _ in range(share.processes):
-                node = next((n for n in free if _fits(share, n)), None)
-                if node is None:
-                    raise ResourceError(self._missing(share, nodes))
-                node["CPU"] -= share.cpus
-                node["GPU"] -= share.gpus
-
-    def _missing(self, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:
-        cpus = sum(n.get("CPU", 0.0) for n in nodes)
-        gpus = sum(n.get("GPU", 0.0) for n in nodes)
-        return (
-            f"the run does not fit the cluster: no room for {share}.\n"
-            f"It asks for {self.cpus:g} CPU and {self.gpus:g} GPU in all; the cluster has {cpus:g} CPU and {gpus:g} "
-            f"GPU on {len(nodes)} node{'s' if len(nodes) != 1 else ''}.\n"
-            "Lower cluster.samplers / cluster.renderers (workers, cpus, gpus), cluster.train_cpus / train_gpus or the "
-            "numbers of workers, or join a larger cluster (cluster.address)"
-        )
+        places: dict[tuple[str, str], dict[str, int]] = {}
+        for phase in self.phases:
+            free = [_Node.of(i, resources) for i, resources in enumerate(nodes)]
+            for share in sorted(phase.shares, key=lambda s: (s.gpus, s.cpus), reverse=True):
+                for _ in range(share.processes):
+                    if not any(node.take(share) for node in free):
+                        raise ResourceError(_missing(phase, share, nodes))
+                places[phase.name, share.name] = {n.name: n.taken[share.name] for n in free if n.taken[share.name]}
+        return places
 
     def __str__(self) -> str:
-        lines = [str(s) for s in self.shares]
-        return "\n".join([*lines, f"in all: {self.cpus:g} CPU, {self.gpus:g} GPU"])
+        lines = []
+        for phase in self.phases:
+            lines.append(f"{phase.name}: {phase.cpus:g} CPU, {phase.gpus:g} GPU")
+            lines += [f"  {share}" for share in phase.shares]
+        return "\n".join(lines)
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The shares that a configuration asks for."""
+    """The phases that a configuration asks for."""
     cluster = config.cluster
-    train = max(config.preference.workers if config.loop.rounds else 1, config.detect.workers)
-    return Plan(
-        (
-            _pool("samplers", cluster.samplers),
-            _pool("renderers", cluster.renderers),
-            Share("train workers", train, cluster.train_cpus, cluster.train_gpus, cluster.train_threads),
-        )
+    model = config.describe.sampler.model
+    samplers = _pool("samplers", cluster.samplers, f"{config.describe.sampler.kind}: {model}", model)
+    renderers = _pool("renderers", cluster.renderers, f"diffusers: {config.render.pipeline}", config.render.pipeline)
+    generating = [Phase("describe and render", (samplers, renderers))]
+    if cluster.mode == "colocated":
+        generating = [Phase("describe", (samplers,)), Phase("render", (renderers,))]
+    if config.loop.rounds:
+        dpo = _train(config, "DPO workers", config.preference.workers, f"TRL: {model}", model)
+        if cluster.mode == "colocated":
+            generating.append(Phase("prefer", (dpo,)))
+        else:
+            generating = [Phase("describe, render and prefer", (samplers, renderers, dpo))]
+    kinds = ", ".join(d.kind for d in config.detect.detectors)
+    detect = _train(config, "detector workers", config.detect.workers, kinds, config.backbone.model)
+    return Plan((*generating, Phase("detect", (detect,))))
+
+
+def _pool(name: str, pool: PoolConfig, engine: str, model: str) -> Share:
+    return Share(name, pool.workers, pool.cpus, pool.gpus, pool.threads, engine, weights_bytes(model))
+
+
+def _train(config: RunConfig, name: str, workers: int, engine: str, model: str) -> Share:
+    cluster = config.cluster
+    return Share(
+        name, workers, cluster.train_cpus, cluster.train_gpus, cluster.train_threads, engine, weights_bytes(model)
     )
 
 
-def _pool(name: str, pool: object) -> Share:
-    from kka_ray.config.models import PoolConfig
+def weights_bytes(reference: str) -> int | None:
+    """Bytes of a model's safetensors; None if it is not on this machine."""
+    if not assets.is_present(reference):
+        return None
+    return sum(file.stat().st_size for file in assets.resolve(reference).path.rglob("*.safetensors"))
 
-    assert isinstance(pool, PoolConfig)
-    return Share(name, pool.workers, pool.cpus, pool.gpus, pool.threads)
 
-
-def _fits(share: Share, node: Mapping[str, float]) -> bool:
-    slack = 1e-6
-    return share.cpus <= node["CPU"] + slack and share.gpus <= node["GPU"] + slack
+def _missing(phase: Phase, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:
+    there = ", ".join(
+        f"{n.name}: {n.cpus:g} CPU, {len(n.gpus)} GPU" + (f", {n.memory / 1e9:.1f} GB" if n.memory < 1e18 else "")
+        for n in (_Node.of(i, resources) for i, resources in enumerate(nodes))
+    )
+    weights = f" and {share.weights / 1e9:.1f} GB of memory a process for its weights" if share.weights else ""
+    return (
+        f"the run does not fit the cluster: no room for {share}{weights} in the phase {phase.name!r}.\n"
+        f"The phase asks for {phase.cpus:g} CPU and {phase.gpus:g} GPU at once; the cluster has {there or 'no node'}.\n"
+        "Lower cluster.samplers / cluster.renderers (workers, cpus, gpus), cluster.train_cpus / train_gpus or the "
+        "numbers of workers; let stages take turns (cluster.mode=colocated); or join a larger cluster "
+        "(cluster.address)"
+    )

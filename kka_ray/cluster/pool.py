@@ -19,7 +19,8 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from kka_ray.config.models import ClusterConfig
+from kka_ray.cluster.placement import release, reserve
+from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
 
 log = logging.getLogger(__name__)
@@ -82,20 +83,22 @@ class Pool:
 
     Args:
         name: what the pool does, for messages.
-        make_actor: starts an actor.
-        workers: number of actors.
+        make_actor: starts an actor, in the placement group it is given if any.
+        size: number of workers and what each takes. While more chunks wait than the workers can take in two turns there
+            are up to `max_workers` of them; those beyond `workers` end when nothing is left to do.
         config: limits.
         found: hears of every row at fault: (id, reason). It may raise to end the run.
     """
 
     name: str
-    make_actor: Callable[[], Any]
-    workers: int
+    make_actor: Callable[[Any], Any]
+    size: PoolConfig
     config: ClusterConfig
     found: Callable[[str, str], None] = lambda id_, reason: None
     _workers: list[_Worker] = field(default_factory=list)
     _waiting: deque[_Item] = field(default_factory=deque)
     _owner: dict[Any, _Worker] = field(default_factory=dict)
+    _group: Any = None
     _bad_starts: int = 0
     """Workers in succession that died before they were ready."""
     _idle_since: float = 0.0
@@ -129,6 +132,7 @@ class Pool:
             results += self._look_at(worker, ready)
         self._end_hung()
         self._fill()
+        self._resize()
         return results
 
     def rest(self) -> None:
@@ -143,17 +147,19 @@ class Pool:
                 log.warning("%s: a worker died while it was idle: %s", self.name, str(error).splitlines()[0])
 
     def stop(self) -> None:
-        """Ends the actors and forgets what they were doing."""
+        """Ends the actors, gives their places back and forgets what they were doing."""
         for worker in self._workers:
             ray.kill(worker.actor)
         self._workers.clear()
         self._waiting.clear()
         self._owner.clear()
+        release(self._group)
+        self._group = None
 
     # --- workers ---
 
     def _start_worker(self) -> _Worker:
-        actor = self.make_actor()
+        actor = self.make_actor(self._group)
         worker = _Worker(actor, actor.load.remote(), time.monotonic())
         self._owner[worker.loading] = worker
         return worker
@@ -243,7 +249,8 @@ class Pool:
         """Hands chunks to the workers that have the fewest."""
         if self._waiting and not self._workers:
             self._idle_since = time.monotonic()
-            self._workers = [self._start_worker() for _ in range(self.workers)]
+            self._group = reserve(self.name, self.size, self.config)
+            self._workers = [self._start_worker() for _ in range(self.size.workers)]
         ready = [worker for worker in self._workers if worker.loading is None and not worker.ended]
         while self._waiting and ready:
             worker = min(ready, key=lambda w: len(w.items))
@@ -258,6 +265,18 @@ class Pool:
                 worker.since = time.monotonic()
             worker.items.append(item)
             self._owner[item.reference] = worker
+
+    def _resize(self) -> None:
+        """One more worker while many chunks wait; none beyond the smallest number when there is nothing to do."""
+        most, least = self.size.max_workers or self.size.workers, self.size.workers
+        if not self.busy:
+            for worker in self._workers[least:]:
+                ray.kill(worker.actor)
+                self._owner.pop(worker.loading, None)
+            del self._workers[least:]
+        elif len(self._workers) < most and len(self._waiting) > len(self._workers) * self.config.in_flight:
+            if all(worker.loading is None for worker in self._workers):
+                self._workers.append(self._start_worker())
 
     # --- what fails ---
 

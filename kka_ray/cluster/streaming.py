@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,16 +61,28 @@ class Streamer:
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
         self._samplers = Pool(
             "samplers",
-            lambda: start(SamplerWorker, cluster.samplers, store.uri, config.describe),
-            cluster.samplers.workers,
+            lambda group: start(SamplerWorker, cluster.samplers, cluster.device, group, store.uri, config.describe),
+            cluster.samplers,
             cluster,
         )
         self._renderers = Pool(
             "renderers",
-            lambda: start(RenderWorker, cluster.renderers, store.uri, config.render, config.backbone, prepared.patches),
-            cluster.renderers.workers,
+            lambda group: start(
+                RenderWorker,
+                cluster.renderers,
+                cluster.device,
+                group,
+                store.uri,
+                config.render,
+                config.backbone,
+                prepared.patches,
+            ),
+            cluster.renderers,
             cluster,
         )
+        self._turns = cluster.mode == "colocated"
+        self._later: list[tuple[int, RenderTask]] = []
+        """Chunks for the renderers, while it is the samplers' turn."""
 
     def close(self) -> None:
         """Ends the actors of both pools."""
@@ -94,10 +107,9 @@ class Streamer:
 
     def sampler_inputs(self) -> dict[str, Any]:
         """The sampler's part of the keys of what it makes."""
-        sampler = self.config.describe.sampler
         return {
             "model": self.sampler_identity,
-            "sampler": sampler.model_dump(mode="json", exclude=set(sampler.INCIDENTAL)),
+            "sampler": sampler_config(self.config),
             "threads": self.config.cluster.samplers.threads,
             "versions": self._sampler_versions,
         }
@@ -112,13 +124,20 @@ class Streamer:
         order = np.random.default_rng(config.seed).permutation(len(train))
         rows = [(f"n{k:04d}", train.captions[i], "") for k, i in enumerate(order[: config.render.normals])]
         for k, task in enumerate(self._render_tasks(rows, NORMALS_ROUND)):
-            self._renderers.submit(-1 - k, task)
+            self._draw(-1 - k, task)
 
     def run(
-        self, prompts: list[Prompt], number: int, seed: int, adapter: str | None, progress: _Progress
+        self,
+        prompts: list[Prompt],
+        number: int,
+        seed: int,
+        adapter: str | None,
+        progress: _Progress,
+        written_all: Callable[[list[tuple[str, str]]], None],
     ) -> tuple[list[Description], Drawn]:
         """Writes the round's lines, judges their text in order, and draws those that may be drawn.
 
+        `written_all` hears of (prompt id, raw line) of all lines while the samplers are there, and may score them.
         Raises StageError if more rows fail than `cluster.max_failed_share` and `max_failed_rows` allow.
         """
         tasks = self._sample_tasks(prompts, number, seed, adapter)
@@ -133,7 +152,7 @@ class Streamer:
         sizes: list[int] = []
         next_chunk = 0
         try:
-            for pool, i, key in drain([self._samplers, self._renderers]):
+            for pool, i, key in self._turn_by_turn(lambda: written_all(drawn.raw)):
                 if pool is self._renderers and i < 0:
                     normals[-1 - i] = self._read_images(key)
                     continue
@@ -146,7 +165,7 @@ class Streamer:
                 while next_chunk in written:
                     accepted = self._read_chunk(written[next_chunk], number, descriptions, drawn)
                     for task in self._render_tasks(accepted, number):
-                        self._renderers.submit(len(sizes), task)
+                        self._draw(len(sizes), task)
                         sizes.append(len(task.rows))
                     next_chunk += 1
                 progress("describe", number, len(descriptions), self.config.loop.lines)
@@ -157,6 +176,27 @@ class Streamer:
         if normals:
             self._join(normals, self.normals)
         return descriptions, drawn
+
+    def _draw(self, number: int, task: RenderTask) -> None:
+        if self._turns:
+            self._later.append((number, task))
+        else:
+            self._renderers.submit(number, task)
+
+    def _turn_by_turn(self, between: Callable[[], None]) -> Iterator[tuple[Pool, int, Any]]:
+        """Chunks of both pools as they are ready; where the pools take turns, each ends before the next begins."""
+        if not self._turns:
+            yield from drain([self._samplers, self._renderers])
+            between()
+            return
+        yield from drain([self._samplers])
+        between()
+        self._samplers.stop()
+        for number, task in self._later:
+            self._renderers.submit(number, task)
+        self._later = []
+        yield from drain([self._renderers])
+        self._renderers.stop()
 
     def _watch_failures(self, tasks: list[SampleTask], number: int) -> None:
         """New error budgets for a round."""
@@ -223,7 +263,7 @@ class Streamer:
             "prompts": [list(row) for row in chunk],
             "seed": seed,
             "adapter": adapter,
-            "config": self.config.describe.model_dump(mode="json", include={"temperature", "top_p", "max_tokens"}),
+            "config": sample_config(self.config),
             **self.sampler_inputs(),
         }
 
@@ -269,7 +309,7 @@ class Streamer:
             "rows": [list(row) for row in seeded],
             "normals": normal_ids,
             "model": self.renderer_identity,
-            "config": config.render.model_dump(mode="json", exclude={"chunk", "normals"}),
+            "config": render_config(config),
             "threads": config.cluster.renderers.threads,
             "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
             "versions": versions.computing(),
@@ -284,6 +324,22 @@ class Streamer:
         drawn.images += [image for chunk in chunks for image in chunk.images]
         drawn.features = Features.join([chunk.features for chunk in chunks]) if chunks else self.prepared.train.take([])
         drawn.seconds["render"] = sum(chunk.seconds["render"] for chunk in chunks)
+
+
+def sampler_config(config: RunConfig) -> dict[str, Any]:
+    """What the sampler's policy depends on."""
+    sampler = config.describe.sampler
+    return sampler.model_dump(mode="json", exclude=set(sampler.INCIDENTAL))
+
+
+def sample_config(config: RunConfig) -> dict[str, Any]:
+    """What written lines depend on beside the sampler."""
+    return config.describe.model_dump(mode="json", include={"temperature", "top_p", "max_tokens"})
+
+
+def render_config(config: RunConfig) -> dict[str, Any]:
+    """What drawn images depend on."""
+    return config.render.model_dump(mode="json", exclude={"chunk", "normals"})
 
 
 def image_seed(seed: int, id_: str) -> int:

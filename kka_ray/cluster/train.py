@@ -10,9 +10,10 @@ from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
 from kka_ray.errors import KkaError, StageError
 
@@ -33,6 +34,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         trainer = TorchTrainer(
             function,
+            torch_config=TorchConfig(backend="gloo" if cluster.device == "cpu" else None),
             train_loop_config={**arguments, "threads": cluster.train_threads},
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -43,6 +45,7 @@ def run(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=cluster.max_restarts),
+                worker_runtime_env=runtime_env(cluster.train_runtime_env),
             ),
         )
         try:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Task
-from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig
+from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig, RuntimeEnv
 from kka_ray.errors import StageError
 from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
@@ -224,8 +225,21 @@ def _adapter_folder(store: Store, key: str | None) -> Path | None:
     return output.local / "adapter"
 
 
-def start(cls: type, pool: PoolConfig, *arguments: Any) -> Any:
-    """An actor of `cls` with a pool's resources. Who dies is replaced by the pool, not by Ray."""
-    device = "cuda" if pool.gpus else "cpu"
-    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0, "max_task_retries": 0}
-    return ray.remote(**options)(cls).remote(*arguments, pool.threads, device)
+def start(cls: type, pool: PoolConfig, device: str, group: Any, *arguments: Any) -> Any:
+    """An actor of `cls` with a pool's resources, in a placement group if there is one.
+
+    Who dies is replaced by the pool, not by Ray.
+    """
+    options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0, "max_task_retries": 0}
+    environment = runtime_env(pool.runtime_env)
+    if environment:
+        options["runtime_env"] = environment
+    if group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
+    on = "cuda" if pool.gpus and device == "auto" else "cpu"
+    return ray.remote(**options)(cls).remote(*arguments, pool.threads, on)
+
+
+def runtime_env(config: RuntimeEnv) -> dict[str, Any]:
+    """Ray's form of a runtime environment, without what is empty."""
+    return {k: v for k, v in (("env_vars", dict(config.env_vars)), ("pip", list(config.pip))) if v}

@@ -397,24 +397,47 @@ class DetectConfig(Strict):
 # --- where it runs ------------------------------------------------------------------------------------------------
 
 
+class RuntimeEnv(Strict):
+    """What a stage's processes have beside what their node has (Ray's runtime environment)."""
+
+    env_vars: dict[str, str] = Field({}, description="environment variables; kept with the run, so never a secret")
+    pip: tuple[str, ...] = Field((), description="packages that Ray installs for these processes alone")
+
+
 class PoolConfig(Strict):
     """A pool of actors: how many, and what each takes."""
 
     workers: int = Field(1, ge=1)
+    max_workers: int | None = Field(None, ge=1, description="so many while many chunks wait; by default `workers`")
     cpus: float = Field(0.5, ge=0, description="logical CPUs of an actor; 0 for a GPU actor on a full machine")
     gpus: float = Field(0, ge=0, description="GPUs of an actor, fractions allowed")
     threads: int = Field(1, ge=1, description="threads that an actor computes with; part of the store's keys")
+    runtime_env: RuntimeEnv = RuntimeEnv()
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> PoolConfig:
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(f"max_workers ({self.max_workers}) is less than workers ({self.workers})")
+        return self
 
 
 class ClusterConfig(Strict):
     """The Ray cluster and the shares of it."""
 
     address: str | None = Field(None, description="None starts a local cluster; auto or ray://HOST:PORT joins one")
+    mode: Literal["disjoint", "colocated"] = Field(
+        "disjoint",
+        description="disjoint: samplers, renderers and training have places of their own; colocated: they take turns",
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto: who has a GPU computes on it; cpu: on the CPU all the same, to try a plan out"
+    )
     samplers: PoolConfig = PoolConfig()
     renderers: PoolConfig = PoolConfig()
     train_cpus: float = Field(1, ge=0, description="logical CPUs of a Ray Train worker")
     train_gpus: float = Field(0, ge=0)
     train_threads: int = Field(2, ge=1)
+    train_runtime_env: RuntimeEnv = RuntimeEnv()
     in_flight: int = Field(2, ge=1, description="chunks a worker may have waiting")
     max_restarts: int = Field(
         3, ge=0, description="times that a Ray Train job is started again; workers in succession that may die at start"

@@ -1,4 +1,4 @@
-"""A local Ray for the tests of this folder, started once."""
+"""A local Ray for the tests of this folder, started once a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kka_ray.cluster.session import session
 from kka_ray.config.models import ClusterConfig
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     with session(ClusterConfig()):
         yield

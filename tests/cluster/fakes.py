@@ -9,13 +9,16 @@ from typing import Any
 import ray
 
 from kka_ray.cluster.pool import Pool, Task
-from kka_ray.config.models import ClusterConfig
+from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import ConfigError
 
 
 class FakeWorker:
-    """A row is (id, what happens): `ok`, `crash`, `hang`, `nan` or `mistake`; `crash once` and `hang once` leave a mark
-    in `folder`. The result is each row's id and its failure, if any."""
+    """A row is (id, what happens): `ok`, `slow`, `crash`, `hang`, `nan` or `mistake`.
+
+    `crash once` and `hang once` leave a mark in `folder`. Rows of a `crowd` fail when they are more than two. The
+    result is each row's id and its failure, if any.
+    """
 
     def __init__(self, folder: str = "", start: str = "ok") -> None:
         self.folder, self.start = folder, start
@@ -39,6 +42,8 @@ class FakeWorker:
                 os._exit(1)
             if what.startswith("hang"):
                 time.sleep(3600)
+            if what == "slow":
+                time.sleep(0.3)
             if what == "nan":
                 raise FloatingPointError("not finite")
             if what == "mistake":
@@ -51,9 +56,10 @@ class FakeWorker:
         self.work(task)
 
 
-def pool(folder: Any = "", start: str = "ok", workers: int = 1, **limits: Any) -> Pool:
+def pool(folder: Any = "", start: str = "ok", workers: int = 1, most: int | None = None, **limits: Any) -> Pool:
     actor = ray.remote(num_cpus=0.1)(FakeWorker)
-    return Pool("fakes", lambda: actor.remote(str(folder), start), workers, ClusterConfig(**limits))
+    size = PoolConfig(workers=workers, max_workers=most)
+    return Pool("fakes", lambda group: actor.remote(str(folder), start), size, ClusterConfig(**limits))
 
 
 def rows(*kinds: str) -> Task:

@@ -92,3 +92,14 @@ def test_a_model_that_cannot_be_loaded_says_so(make: Any) -> None:
 def test_workers_that_die_as_they_start_end_the_run(make: Any) -> None:
     with pytest.raises(StageError, match="2 workers in succession died as they started"):
         work(make(start="crash", max_restarts=1), fakes.rows("ok"))
+
+
+def test_a_pool_grows_while_chunks_wait_and_shrinks_when_none_do(make: Any, tmp_path: Path) -> None:
+    pool = make(tmp_path, most=2)
+    for i in range(12):
+        pool.submit(i, fakes.rows("slow"))
+    sizes = set()
+    for _ in drain([pool], poll=0.1):
+        sizes.add(len(pool._workers))
+    assert sizes == {1, 2}
+    assert len(pool._workers) == 1

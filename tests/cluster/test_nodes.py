@@ -1,0 +1,111 @@
+"""Pools on a cluster of several nodes with logical GPUs, and what they leave behind. The workers are fakes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from kka_ray.cluster.plan import make_plan
+from kka_ray.cluster.pool import Pool, drain
+from kka_ray.cluster.session import nodes, session
+from kka_ray.config.models import ClusterConfig, FlowersData, PoolConfig, RunConfig
+from kka_ray.errors import ResourceError, StageError
+from tests.cluster import fakes
+from tests.logical_cluster import logical_cluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    gpus = {"num_cpus": 1, "num_gpus": 2}
+    with logical_cluster([{"num_cpus": 2}, gpus, gpus]) as made, session(ClusterConfig(address=made.address)):
+        yield made
+
+
+def gpu_pool(workers: int, gpus: float = 1, **limits: object) -> Pool:
+    size = PoolConfig(workers=workers, gpus=gpus, cpus=0)
+    actor = ray.remote(num_cpus=0, num_gpus=gpus)(fakes.FakeWorker)
+
+    def start(group: object) -> object:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote()
+
+    return Pool("fakes", start, size, ClusterConfig(**limits))  # type: ignore[arg-type]
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def assert_nothing_is_left() -> None:
+    wait_for(lambda: not [a for a in actors().values() if a["State"] != "DEAD"], "an actor is left")
+    wait_for(
+        lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()), "a placement group is left"
+    )
+    total = ray.cluster_resources()
+    wait_for(
+        lambda: all(ray.available_resources().get(k) == total.get(k) for k in ("CPU", "GPU") if k in total),
+        "a share of the resources is left",
+    )
+
+
+def test_a_finished_and_a_failed_pool_leave_nothing(cluster: Cluster) -> None:
+    pool = gpu_pool(4)
+    for i in range(12):
+        pool.submit(i, fakes.rows("ok"))
+    assert len(list(drain([pool]))) == 12
+    assert ray.available_resources().get("GPU", 0) == 0
+    pool.stop()
+    assert_nothing_is_left()
+
+    broken = gpu_pool(2, chunk_attempts=1, max_restarts=0)
+    broken.submit(0, fakes.rows("crowd", "crowd", "crowd"))
+    with pytest.raises(StageError):
+        list(drain([broken]))
+    broken.stop()
+    assert_nothing_is_left()
+
+
+def test_places_that_are_taken_are_said_to_be(cluster: Cluster) -> None:
+    first, second = gpu_pool(3), gpu_pool(2, start_timeout=2)
+    first.submit(0, fakes.rows("ok"))
+    with pytest.raises(ResourceError, match=r"2 x \(0 CPU, 1 GPU\) were not free within 2 s .*1 GPU"):
+        second.submit(0, fakes.rows("ok"))
+    first.stop()
+    assert_nothing_is_left()
+
+
+def test_a_plan_is_placed_on_the_nodes(cluster: Cluster) -> None:
+    config = RunConfig(
+        name="x",
+        data=FlowersData(kind="flowers"),
+        cluster=ClusterConfig(samplers=PoolConfig(workers=2, gpus=1, cpus=0), train_gpus=2),
+    )
+    places = make_plan(config).place(nodes())
+    assert sum(places["describe, render and prefer", "samplers"].values()) == 2
+    assert len(places["describe, render and prefer", "DPO workers"]) == 1
+
+
+def test_a_pool_goes_on_without_a_lost_node(cluster: Cluster) -> None:
+    """The last test of this file: the node stays lost."""
+    pool = gpu_pool(4)
+    for i in range(40):
+        pool.submit(i, fakes.rows("ok"))
+    numbers = []
+    for _, number, _ in drain([pool]):
+        numbers.append(number)
+        if len(numbers) == 5:
+            cluster.remove_node(list(cluster.worker_nodes)[-1], allow_graceful=False)
+    assert sorted(numbers) == list(range(40))
+    pool.stop()
