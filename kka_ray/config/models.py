@@ -343,8 +343,43 @@ class LinearHead(LearnsFromAnomalies):
     neighbours: int = Field(5, ge=1)
 
 
+class _NetworkHead(LearnsFromAnomalies):
+    """What the heads with a hidden layer share. They need anomalies."""
+
+    fused: bool = Field(True, description="plus k-NN, each standardised on validation normals")
+    neighbours: int = Field(5, ge=1)
+    hidden: int = Field(128, ge=1, description="units of the hidden layer")
+    epochs: int = Field(5, ge=1)
+    batch: int = Field(128, ge=1, description="normals a step, and as many anomalies")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class MlpHead(_NetworkHead):
+    """A network with one hidden layer, normals against anomalies by cross-entropy."""
+
+    kind: Literal["mlp_head"]
+
+
+class EnergyHead(_NetworkHead):
+    """A network whose energy is held low for normals and high for anomalies."""
+
+    kind: Literal["energy_head"]
+    logits: int = Field(4, ge=1, description="outputs whose negative log-sum-exp is the energy")
+    normal_energy: float = Field(-3.0, description="normals are held below it")
+    anomalous_energy: float = Field(3.0, description="anomalies are held above it")
+
+    @model_validator(mode="after")
+    def _energies_are_in_order(self) -> EnergyHead:
+        if self.normal_energy >= self.anomalous_energy:
+            raise ValueError(
+                f"normal_energy {self.normal_energy} must be less than anomalous_energy {self.anomalous_energy}"
+            )
+        return self
+
+
 Detector = Annotated[
-    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead,
+    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead | MlpHead | EnergyHead,
     Field(discriminator="kind"),
 ]
 IGNORE_ANOMALIES = ("knn", "mahalanobis", "patchcore", "padim")

@@ -7,7 +7,7 @@ from typing import Any
 
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors.base import Detector
-from kka_ray.detectors.head import LinearHeadDetector
+from kka_ray.detectors.head import EnergyHeadDetector, LinearHeadDetector, MlpHeadDetector
 from kka_ray.detectors.knn import KnnDetector
 from kka_ray.detectors.mahalanobis import MahalanobisDetector
 from kka_ray.detectors.padim import PadimDetector
@@ -22,6 +22,8 @@ DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "padim": PadimDetector,
     "head": LinearHeadDetector,
     "fused": LinearHeadDetector,
+    "mlp_head": MlpHeadDetector,
+    "energy_head": EnergyHeadDetector,
 }
 """From a configuration's `kind` to the class that it configures."""
 

@@ -15,6 +15,8 @@ DETECTORS = {
     "padim": "PaDiM",
     "head": "linear head",
     "fused": "linear head + k-NN",
+    "mlp_head": "MLP head",
+    "energy_head": "energy head",
 }
 ARMS = {
     "baseline": "normals only",

@@ -1,4 +1,4 @@
-"""The CIFAR-100 furniture protocol with real anomalies: figures that were measured before this code was written."""
+"""The CIFAR-100 furniture protocol with real anomalies: figures that the documentation gives."""
 
 import io
 import os
@@ -12,7 +12,17 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from kka_ray import assets
-from kka_ray.config.models import BackboneConfig, Knn, LinearHead, Mahalanobis, Padim, PatchCore, SimpleNet
+from kka_ray.config.models import (
+    BackboneConfig,
+    EnergyHead,
+    Knn,
+    LinearHead,
+    Mahalanobis,
+    MlpHead,
+    Padim,
+    PatchCore,
+    SimpleNet,
+)
 from kka_ray.detectors import build
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -83,6 +93,14 @@ def _auc(protocol: Protocol, config, anomalies: int) -> float:
         (LinearHead(kind="fused"), 62, 0.9663, 0.004),
         (LinearHead(kind="head"), 1000, 0.959, 0.004),
         (LinearHead(kind="fused"), 1000, 0.9696, 0.004),
+        (MlpHead(kind="mlp_head", fused=False), 62, 0.955, 0.005),
+        (MlpHead(kind="mlp_head"), 62, 0.965, 0.004),
+        (MlpHead(kind="mlp_head", fused=False), 1000, 0.962, 0.004),
+        (MlpHead(kind="mlp_head"), 1000, 0.968, 0.004),
+        (EnergyHead(kind="energy_head", fused=False), 62, 0.950, 0.005),
+        (EnergyHead(kind="energy_head"), 62, 0.964, 0.004),
+        (EnergyHead(kind="energy_head", fused=False), 1000, 0.957, 0.004),
+        (EnergyHead(kind="energy_head"), 1000, 0.967, 0.004),
     ],
     ids=lambda value: getattr(value, "kind", None),
 )

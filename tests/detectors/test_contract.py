@@ -16,12 +16,17 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 
 KINDS = tuple(DETECTORS)
+SMALL = {
+    "simplenet": {"epochs": 3},
+    "mlp_head": {"hidden": 32, "batch": 32, "epochs": 10, "learning_rate": 1e-2},
+    "energy_head": {"hidden": 32, "batch": 32, "epochs": 10, "learning_rate": 1e-2},
+}
+"""What the few small features here need of the options; the defaults are for sets of hundreds."""
 NEED_VARIANCE = ("mahalanobis", "padim")
 
 
 def _config(kind: str):
-    small = {"epochs": 3} if kind == "simplenet" else {}
-    return TypeAdapter(Detector).validate_python({"kind": kind, **small})
+    return TypeAdapter(Detector).validate_python({"kind": kind, **SMALL.get(kind, {})})
 
 
 def _features(count: int, seed: int, shift: float = 0.0) -> Features:
@@ -81,7 +86,7 @@ def test_fitting_repeats_and_leaves_the_global_random_state_alone(kind):
     assert np.array_equal(_fitted(kind).score(TEST), first)
 
 
-@pytest.mark.parametrize("kind", ["simplenet", "patchcore"])
+@pytest.mark.parametrize("kind", ["simplenet", "patchcore", "mlp_head", "energy_head"])
 def test_the_seed_matters_to_what_is_random(kind):
     assert not np.array_equal(_fitted(kind, seed=1).score(TEST), _fitted(kind, seed=2).score(TEST))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kka_ray.config.models import Knn, LinearHead, Mahalanobis, PatchCore, SimpleNet
+from kka_ray.config.models import EnergyHead, Knn, LinearHead, Mahalanobis, MlpHead, PatchCore, SimpleNet
 from kka_ray.detectors.export import export_onnx
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError
@@ -31,6 +31,8 @@ def _fit(config, backbone: Backbone) -> TunedDetector:
         Mahalanobis(kind="mahalanobis"),
         LinearHead(kind="head"),
         LinearHead(kind="fused"),
+        MlpHead(kind="mlp_head", epochs=1),
+        EnergyHead(kind="energy_head", epochs=1, fused=False),
     ],
     ids=lambda config: config.kind,
 )

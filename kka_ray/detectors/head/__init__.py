@@ -1,5 +1,7 @@
-"""Linear head on frozen features, alone or fused with k-NN."""
+"""Heads of normals against anomalies: linear, a small network, and energy; each alone or fused with k-NN."""
 
-from kka_ray.detectors.head.model import LinearHeadDetector
+from kka_ray.detectors.head.energy import EnergyHeadDetector
+from kka_ray.detectors.head.linear import LinearHeadDetector
+from kka_ray.detectors.head.mlp import MlpHeadDetector
 
-__all__ = ["LinearHeadDetector"]
+__all__ = ["EnergyHeadDetector", "LinearHeadDetector", "MlpHeadDetector"]
