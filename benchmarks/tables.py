@@ -24,10 +24,20 @@ _ARMS = {
     "kka": "KKA",
     "noise": "noise",
     "cutpaste": "CutPaste",
+    "blur": "blur",
+    "patch_shuffle": "patch shuffle",
+    "patch_swap": "patch swap",
+    "mixup": "MixUp",
+    "perlin": "Perlin",
+    "outside": "outside images",
     "drawn_normals": "drawn normals",
 }
 
-_SOURCES = {"none": "normals only", "noise": "noise", "cutpaste": "CutPaste", "cifar10": "real (CIFAR-10)"}
+_SOURCES = {
+    "none": "normals only",
+    **{name: _ARMS[name] for name in ("noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin")},
+    "cifar10": "real (CIFAR-10)",
+}
 
 
 def demo(result: Mapping[str, Any]) -> str:

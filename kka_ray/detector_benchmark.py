@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
 from kka_ray import versions
@@ -25,8 +24,7 @@ from kka_ray.config.models import (
 )
 from kka_ray.data import open_data
 from kka_ray.data.base import DataModule, ImageSet, content_hash
-from kka_ray.data.parquet import decode_rows, read_rows, shards
-from kka_ray.detectors import DETECTORS, build
+from kka_ray.detectors import DETECTORS, build, outside
 from kka_ray.detectors.sources import SOURCES, make
 from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.errors import ConfigError
@@ -203,10 +201,7 @@ def _anomalies(source: str, normals: Sequence[np.ndarray], count: int, seed: int
         return []
     if source != OUTSIDE:
         return make(source, normals, count, seed)
-    files = shards(folder / "cifar10", "train")
-    names = [row["source"] for row in read_rows(files, ["source"])]
-    drawn = [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
-    return decode_rows(read_rows(files, ["image", "source"], pc.field("source").isin(drawn)), str(folder / "cifar10"))
+    return outside.draw(folder / "cifar10", count, seed)
 
 
 class FeatureBank:

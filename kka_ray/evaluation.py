@@ -15,7 +15,7 @@ from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
 from kka_ray.config.models import AnomalyWeights, Detector, RunConfig
 from kka_ray.data.base import ImageSet
-from kka_ray.detectors import build, sources
+from kka_ray.detectors import build, outside, sources
 from kka_ray.detectors.tuned import VERSION as FIT_VERSION
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
@@ -167,11 +167,18 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
             images, features = loop.normals.images[: len(ids)], loop.normals.features.take(range(len(ids)))
         else:
             ids = [str(i) for i in range(len(kept))]
-            images = sources.make(kind, prepared.normals.train.images, len(kept), config.seed)
+            images = _control_images(config, prepared, kind, len(kept))
             features = extract_images(store, prepared.backbone, images, prepared.patches)
         if ids:
             arms.append(_arm(config, store, prepared, kind, ids, images, features))
     return arms
+
+
+def _control_images(config: RunConfig, prepared: Prepared, kind: str, count: int) -> list[np.ndarray]:
+    if kind == "outside":
+        assert config.detect.outside is not None
+        return outside.draw(config.detect.outside, count, config.seed)
+    return sources.make(kind, prepared.normals.train.images, count, config.seed)
 
 
 def _drawn_arm(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, name: str, ids: list[str]) -> Arm:

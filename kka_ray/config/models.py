@@ -398,6 +398,12 @@ class AnomalyWeights(Strict):
     normal_like: float = Field(1.0, gt=0, description="only the zero-th set holds any")
 
 
+Control = Literal[
+    "noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "outside", "drawn_normals"
+]
+"""An anomaly set without a language model."""
+
+
 class DetectConfig(Strict):
     """The detectors that the anomaly set is tried on, and the one that is served."""
 
@@ -405,9 +411,12 @@ class DetectConfig(Strict):
     headline: str = Field("simplenet", description="kind of the detector in the headline table and in the service")
     seeds: int = Field(3, ge=1)
     false_positive_rate: float = Field(0.05, gt=0, lt=1, description="of validation normals, sets the threshold")
-    controls: tuple[Literal["noise", "cutpaste", "drawn_normals"], ...] = Field(
+    controls: tuple[Control, ...] = Field(
         ("noise", "cutpaste", "drawn_normals"),
         description="anomaly sets without a language model, of equal size, for comparison",
+    )
+    outside: str | None = Field(
+        None, description="folder of other images, as files or train-*.parquet, for the control outside"
     )
     weights: AnomalyWeights = AnomalyWeights()
     drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
@@ -426,6 +435,12 @@ class DetectConfig(Strict):
             raise ValueError(f"headline {self.headline!r} is not among the detectors: {', '.join(kinds)}")
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"each kind of detector may appear once, got {', '.join(kinds)}")
+        return self
+
+    @model_validator(mode="after")
+    def _outside_images_are_there(self) -> DetectConfig:
+        if "outside" in self.controls and self.outside is None:
+            raise ValueError("the control outside needs images: set detect.outside to a folder of them")
         return self
 
 

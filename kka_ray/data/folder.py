@@ -73,7 +73,7 @@ class FolderModule(DataModule):
     @cached_property
     def _normals(self) -> Normals:
         folder = self._normal_folder()
-        files = _image_files(folder, recursive=folder != self.root)
+        files = image_files(folder, recursive=folder != self.root)
         if not files:
             raise DataError(
                 f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); put the normal images into it, "
@@ -95,7 +95,7 @@ class FolderModule(DataModule):
             return None
         kinds = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         kinds.sort(key=lambda name: name != GOOD)
-        found = [(file, kind) for kind in kinds for file in _image_files(folder / kind, recursive=True)]
+        found = [(file, kind) for kind in kinds for file in image_files(folder / kind, recursive=True)]
         present = {kind for _, kind in found}
         if GOOD not in present or len(present) < 2:
             raise DataError(
@@ -218,7 +218,8 @@ class _Loaded:
         return out
 
 
-def _image_files(folder: Path, *, recursive: bool) -> list[Path]:
+def image_files(folder: Path, *, recursive: bool) -> list[Path]:
+    """The images in a folder, by suffix, without hidden ones; in the order of their paths."""
     found = folder.rglob("*") if recursive else folder.iterdir()
     files = []
     for path in found:

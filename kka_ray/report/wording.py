@@ -24,6 +24,12 @@ ARMS = {
     "kka": "KKA",
     "noise": "noise (control)",
     "cutpaste": "CutPaste (control)",
+    "blur": "blur (control)",
+    "patch_shuffle": "patch shuffle (control)",
+    "patch_swap": "patch swap (control)",
+    "mixup": "MixUp (control)",
+    "perlin": "Perlin textures (control)",
+    "outside": "outside images (control)",
     "drawn_normals": "drawn normals (control)",
 }
 LABELS = {
