@@ -85,10 +85,41 @@ def detectors(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def detector_speed(result: Mapping[str, Any]) -> str:
+    """Scoring as multiples of the bare backbone, and SimpleNet's training beside the authors'."""
+    theirs = result.get("anomalib", {})
+    rows = [["detector", "scoring", "scoring, anomalib", "fit, s", "fit, s, anomalib"]]
+    for name, row in result["scoring"].items():
+        other = theirs.get(name)
+        scoring, fits = (
+            [f"{r[key]:.2f}" if r and r[key] is not None else "" for r in (row, other)]
+            for key in ("times_backbone", "fit_seconds")
+        )
+        rows.append([name, *scoring, *fits])
+    text = (
+        f"Scoring as a multiple of the bare backbone, {result['threads']} thread(s); fits to "
+        f"{result['fitted_to'] // 2} images, ours with features given, anomalib's from images.\n\n{_table(rows)}"
+    )
+    if "training" in result:
+        step, whole = result["step"], result["training"]
+        text += (
+            f"\nSimpleNet against the authors' code on the same backbone: a step on {step['patches']} patches takes "
+            f"them {step['authors_times_ours']:.1f} times as long; a whole training on {whole['images']} images "
+            f"{whole['authors_times_ours']:.1f} times as long with our extraction of features included, and "
+            f"{whole['authors_times_fit']:.1f} times with features in the store.\n"
+        )
+        if whole["authors_epochs_run"] < 160:
+            text += f"Their time is scaled up from {whole['authors_epochs_run']} of 160 epochs.\n"
+        if "auc" in whole:
+            text += f"AUC: ours {whole['auc']:.4f}, theirs after the last epoch {whole['authors_auc']:.4f}.\n"
+    return text
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo,
     "real_data": real_data,
     "detectors": detectors,
+    "detector_speed": detector_speed,
 }
 
 
