@@ -378,8 +378,43 @@ class EnergyHead(_NetworkHead):
         return self
 
 
+class BeatGan(LearnsFromAnomalies):
+    """Reconstruction from pixels, regularised by a discriminator; anomalies are to be reconstructed badly."""
+
+    kind: Literal["beatgan"]
+    maps: int = Field(16, ge=4, multiple_of=4, description="of the first stage; the others have 2 and 4 times as many")
+    width: int = Field(64, ge=1, description="dimensions of the code")
+    adversarial: float = Field(1.0, ge=0, description="weight of the feature matching beside the reconstruction")
+    epochs: int = Field(20, ge=1)
+    batch: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class GenIas(LearnsFromAnomalies):
+    """A classifier of pixels, against anomalies that a VAE makes of normals by perturbing their latents."""
+
+    kind: Literal["genias"]
+    maps: int = Field(16, ge=4, multiple_of=4, description="of the first stage; the others have 2 and 4 times as many")
+    width: int = Field(64, ge=1, description="dimensions of the latents")
+    prior: float = Field(0.5, gt=0, description="standard deviation of the latents' prior; below 1 it is compact")
+    compactness: float = Field(0.01, ge=0, description="weight of the divergence from it, a mean over dimensions")
+    perturbation: float = Field(0.1, ge=0, description="weight of the margins")
+    least: float = Field(0.1, ge=0, description="mean squared change by a perturbation at least, pixels in -1..1")
+    most: float = Field(0.2, gt=0, description="and at most")
+    generator_epochs: int = Field(20, ge=1)
+    epochs: int = Field(10, ge=1, description="of the classifier")
+    batch: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _margins_are_in_order(self) -> GenIas:
+        if self.least >= self.most:
+            raise ValueError(f"least ({self.least}) must be less than most ({self.most})")
+        return self
+
+
 Detector = Annotated[
-    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead | MlpHead | EnergyHead,
+    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead | MlpHead | EnergyHead | BeatGan | GenIas,
     Field(discriminator="kind"),
 ]
 IGNORE_ANOMALIES = ("knn", "mahalanobis", "patchcore", "padim")

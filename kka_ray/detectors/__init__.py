@@ -7,6 +7,8 @@ from typing import Any
 
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors.base import Detector
+from kka_ray.detectors.beatgan import BeatGanDetector
+from kka_ray.detectors.genias import GenIasDetector
 from kka_ray.detectors.head import EnergyHeadDetector, LinearHeadDetector, MlpHeadDetector
 from kka_ray.detectors.knn import KnnDetector
 from kka_ray.detectors.mahalanobis import MahalanobisDetector
@@ -24,6 +26,8 @@ DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "fused": LinearHeadDetector,
     "mlp_head": MlpHeadDetector,
     "energy_head": EnergyHeadDetector,
+    "beatgan": BeatGanDetector,
+    "genias": GenIasDetector,
 }
 """From a configuration's `kind` to the class that it configures."""
 

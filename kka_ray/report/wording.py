@@ -17,6 +17,8 @@ DETECTORS = {
     "fused": "linear head + k-NN",
     "mlp_head": "MLP head",
     "energy_head": "energy head",
+    "beatgan": "BEAT-GAN",
+    "genias": "GenIAS",
 }
 ARMS = {
     "baseline": "normals only",

@@ -20,6 +20,8 @@ SMALL = {
     "simplenet": {"epochs": 3},
     "mlp_head": {"hidden": 32, "batch": 32, "epochs": 10, "learning_rate": 1e-2},
     "energy_head": {"hidden": 32, "batch": 32, "epochs": 10, "learning_rate": 1e-2},
+    "beatgan": {"maps": 4, "width": 8, "batch": 16, "epochs": 2, "learning_rate": 3e-3},
+    "genias": {"maps": 4, "width": 8, "batch": 16, "generator_epochs": 3, "epochs": 3, "learning_rate": 3e-3},
 }
 """What the few small features here need of the options; the defaults are for sets of hundreds."""
 NEED_VARIANCE = ("mahalanobis", "padim")
@@ -30,13 +32,17 @@ def _config(kind: str):
 
 
 def _features(count: int, seed: int, shift: float = 0.0) -> Features:
-    """Unit vectors around one direction; `shift` moves them, and a corner of their patch grid, away from it."""
+    """Unit vectors around one direction; `shift` moves them, and a corner of their patches and pixels, away from it."""
     rng = np.random.default_rng(seed)
     pooled = 0.1 * rng.standard_normal((count, 24)) + np.eye(24)[0] + shift * np.eye(24)[1]
     patches = rng.standard_normal((count, 4, 4, 10))
     patches[:, :2, :2] += 6 * shift
     unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    return Features(unit.astype(np.float32), patches.astype(np.float16))
+    pixels = 120 + 10 * rng.standard_normal((count, 32, 32, 3))
+    pixels[:, :16, :16] += 10 * rng.standard_normal((count, 1, 1, 3)) + 60 * shift
+    return Features(
+        unit.astype(np.float32), patches.astype(np.float16), pixels=pixels.clip(0, 255).round().astype(np.uint8)
+    )
 
 
 NORMALS, VALIDATION, ANOMALIES = _features(120, 0), _features(40, 1), _features(20, 2, 1.0)
@@ -129,9 +135,9 @@ def test_restoring_the_state_gives_the_same_scores(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fitting_does_not_change_its_inputs(kind):
-    before = [x.copy() for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches)]
+    before = [x.copy() for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches, f.pixels)]
     _fitted(kind).score(TEST)
-    after = [x for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches)]
+    after = [x for f in (NORMALS, ANOMALIES, VALIDATION) for x in (f.pooled, f.patches, f.pixels)]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -139,7 +145,10 @@ def test_fitting_does_not_change_its_inputs(kind):
 def test_heatmaps_show_where_or_there_are_none(kind):
     detector = _fitted(kind)
     heat = detector.heatmap(TEST_ANOMALIES)
-    if not detector.needs_patches:
+    if detector.needs_pixels and heat is not None:
+        assert heat.shape == (60, 32, 32)
+        assert heat[:, :16, :16].mean() > 2 * heat[:, 16:, 16:].mean()
+    elif not detector.needs_patches:
         assert heat is None
     else:
         assert heat.shape == (60, 4, 4)
@@ -162,6 +171,12 @@ def test_one_normal_gives_finite_scores_or_a_clear_error(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if build(_config(kind)).needs_patches])
 def test_it_says_that_it_needs_patches(kind):
     with pytest.raises(ValueError, match="patches=True"):
+        build(_config(kind)).fit(Features(NORMALS.pooled), None, VALIDATION, 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if build(_config(kind)).needs_pixels])
+def test_it_says_that_it_needs_pixels(kind):
+    with pytest.raises(ValueError, match="pixels=True"):
         build(_config(kind)).fit(Features(NORMALS.pooled), None, VALIDATION, 0)
 
 

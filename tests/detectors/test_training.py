@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kka_ray.config.models import EnergyHead, MlpHead, SimpleNet
+from kka_ray.config.models import BeatGan, EnergyHead, GenIas, MlpHead, SimpleNet
 from kka_ray.detectors import build
 from kka_ray.detectors.training import ALONE, Training
 from kka_ray.features.base import Features
@@ -15,7 +15,8 @@ from kka_ray.features.base import Features
 def _features(count: int, seed: int, shift: float = 0.0) -> Features:
     rng = np.random.default_rng(seed)
     pooled, patches = rng.standard_normal((count, 12)) + shift, rng.standard_normal((count, 3, 3, 6)) + shift
-    return Features(pooled.astype(np.float32), patches.astype(np.float16))
+    pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return Features(pooled.astype(np.float32), patches.astype(np.float16), pixels=pixels)
 
 
 NORMALS, VALIDATION, ANOMALIES, TEST = (_features(70, 0), _features(30, 1), _features(9, 2, 1.0), _features(40, 3, 0.5))
@@ -23,8 +24,10 @@ CONFIGS = {  # the detectors that share their steps
     "simplenet": SimpleNet(epochs=4, batch=16),
     "mlp_head": MlpHead(kind="mlp_head", epochs=4, batch=16),
     "energy_head": EnergyHead(kind="energy_head", epochs=4, batch=16),
+    "beatgan": BeatGan(kind="beatgan", epochs=4, batch=16, maps=4, width=4),
+    "genias": GenIas(kind="genias", generator_epochs=4, epochs=4, batch=16, maps=4, width=4),
 }
-PHASES = {"simplenet": 2}
+PHASES = {"simplenet": 2, "genias": 2}
 """Networks that a fit trains, one after the other, where they are not one."""
 
 

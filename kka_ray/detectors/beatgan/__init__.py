@@ -1,0 +1,5 @@
+"""BEAT-GAN: adversarially regularised reconstruction."""
+
+from kka_ray.detectors.beatgan.model import BeatGanDetector
+
+__all__ = ["BeatGanDetector"]
