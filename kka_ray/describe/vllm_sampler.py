@@ -1,4 +1,4 @@
-"""Sampling with vLLM, its engine inside this process: no server, and on one device no port is opened.
+"""Sampling with vLLM, its engine inside this process: no server, and what torch.distributed listens at is the loopback.
 
 Lines of all prompts are written together (continuous batching), and a prompt's tokens are computed once (prefix
 caching). Each line has a seed of its own, yet vLLM does not promise that the same seed gives the same line: what a
@@ -26,6 +26,8 @@ from kka_ray.features.device import compute_dtype
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else the engine is a child that outlives a killed actor
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # of the rendezvous of the engine's own processes
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 # Engines that each bind themselves to the same cores would slow each other down; threads are the pool's to set.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -78,8 +80,8 @@ class VllmEngine:
         """Makes the policy that of a LoRA adapter on the raw base model; None is the base model itself.
 
         On a GPU the adapter is a LoRA request, under a name and number of its own each time: the prefix cache knows an
-        adapter by its number, and one that is used again would find the states of the one before it. On a CPU the
-        weights are merged and put into the running engine: LORA_COST.
+        adapter by its number, and one that is used again would find the states of the one before it. On a CPU, where
+        vLLM's LoRA kernels cost most of its speed, the weights are merged and put into the running engine.
 
         Raises StageError if the adapter does not fit the model.
         """

@@ -22,8 +22,8 @@ class EngineProcess:
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self._pool.submit(_call, name, arguments).result(timeout=300)
 
-    def listening(self) -> list[str]:
-        """Addresses that the process listens at."""
+    def listening(self) -> list[tuple[str, int]]:
+        """Addresses and ports that the process listens at."""
         return self._pool.submit(_listening).result(timeout=60)
 
 
@@ -49,7 +49,7 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     return getattr(_engine, name)(*arguments)
 
 
-def _listening() -> list[str]:
+def _listening() -> list[tuple[str, int]]:
     import psutil
 
-    return [str(c.laddr) for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    return [(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
