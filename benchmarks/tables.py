@@ -115,7 +115,39 @@ def detector_speed(result: Mapping[str, Any]) -> str:
     return text
 
 
+_RENDERER = {
+    "class_top1": ("class fidelity, top-1", ">= 0.32"),
+    "class_top5": ("class fidelity, top-5", ">= 0.65"),
+    "frechet_ratio": ("Fréchet distance to test images, over that of train images", "falling"),
+    "knn_auc": ("k-NN, no anomalies: AUC", ""),
+    "usefulness_auc": ("fused, 62 drawn from descriptions: AUC", ">= 0.969"),
+    "real_images_auc": ("fused, 62 real train images of other classes: AUC", ""),
+    "control_auc": ("fused, 62 drawn from normal captions: AUC", ">= k-NN - 0.005"),
+    "meaning_gain": ("drawn from descriptions minus drawn from normal captions", ">= +0.014"),
+    "real_vs_drawn_auc": ("real against drawn normals, linear classifier: AUC", "<= 0.85"),
+    "unseen_gain_ratio": ("gain on superclasses never seen, over the gain when seen", ">= 0.5"),
+    "images_per_second": ("images a second", ">= 100"),
+    "times_plain_sampler": ("the same over 25 plain guided steps", ""),
+}
+
+
+def renderer(result: Mapping[str, Any]) -> str:
+    """A measure a row."""
+    rows = [["measure", "mean ± std", "wanted"]]
+    for name, (words, wanted) in _RENDERER.items():
+        if result[name] is None:
+            rows.append([words, f"not measured: {result['unseen_gain_reason']}", wanted])
+            continue
+        spread = f" ± {result[f'{name}_std']:.4f}" if f"{name}_std" in result else ""
+        rows.append([words, f"{result[name]:.4f}{spread}", wanted])
+    return (
+        f"`{result['renderer']}`, {result['steps']} steps, guidance {result['guidance']}, {result['seeds']} seeds, "
+        f"{result['threads']} thread(s).\n\n{_table(rows)}"
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "renderer": renderer,
     "demo": demo,
     "real_data": real_data,
     "detectors": detectors,

@@ -1,0 +1,244 @@
+"""How much a renderer's images are worth on photographs: `python benchmarks/renderer.py --data DIR --renderer MODEL`.
+
+DIR holds `cifar100` and `cifar10` in Parquet; MODEL is a text-to-image pipeline (builtin:, hub: or a folder). Features
+are those of EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without
+four whole superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A seed changes the split, what
+the language model writes and what is drawn. Writes `benchmarks/results/renderer.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from kka_ray.config import load
+from kka_ray.config.models import BackboneConfig, Cifar100Data, Knn, LinearHead, RenderConfig, RunConfig
+from kka_ray.data import open_data
+from kka_ray.data.base import DataModule
+from kka_ray.data.captions import with_article
+from kka_ray.data.parquet import decode_rows, read_rows, shards
+from kka_ray.describe.guard import Guard
+from kka_ray.describe.prompts import build_prompts
+from kka_ray.describe.sampler import build_sampler
+from kka_ray.detectors import build
+from kka_ray.features.backbone import Backbone
+from kka_ray.features.base import Features
+from kka_ray.features.text import TextEncoder
+from kka_ray.files import write_json
+from kka_ray.render.renderer import Renderer
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "renderer.json"
+UNSEEN = ("insects", "fish", "food_containers", "non-insect_invertebrates")
+ANOMALIES = 62
+A_CLASS = 20
+"""Images drawn of each class for its fidelity."""
+
+
+def class_ranks(drawn: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Rank of each image's own class among the centroids by cosine, 0 the nearest; features are L2-normalised."""
+    similar = drawn @ centroids.T
+    own = similar[np.arange(len(labels)), labels][:, None]
+    return (similar > own).sum(1)
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features, (N, D) and (M, D)."""
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    # The trace of the root of AB is the sum of the singular values of root(A) root(B).
+    roots = [_root(a), _root(b)]
+    cross = scipy.linalg.svdvals(roots[0] @ roots[1]).sum()
+    difference = first.mean(0) - second.mean(0)
+    return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * cross)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = scipy.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def real_vs_drawn(real: np.ndarray, drawn: np.ndarray, seed: int) -> float:
+    """Cross-validated AUC of a linear classifier that tells drawn from real images by their features."""
+    labels = np.repeat([0, 1], [len(real), len(drawn)])
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    model = LogisticRegression(max_iter=2000, class_weight="balanced")
+    scores = cross_val_predict(model, np.concatenate([real, drawn]), labels, cv=folds, method="decision_function")
+    return float(roc_auc_score(labels, scores))
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each figure over seeds, and its standard deviation as `..._std`."""
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means | {f"{name}_std": float(np.std([row[name] for row in rows])) for name in rows[0]}
+
+
+class Bench:
+    """The data and models that all seeds share."""
+
+    def __init__(self, data: Path, renderer: Renderer, second: Renderer | None) -> None:
+        self.data, self.renderer, self.second = data, renderer, second
+        self.backbone = Backbone.load(BackboneConfig())
+        self.encoder = TextEncoder()
+        columns = ["image", "class_name", "superclass", "source"]
+        train = read_rows(shards(data / "cifar100", "train"), columns)
+        self.classes = sorted({row["class_name"] for row in train})
+        self.train_labels = np.array([self.classes.index(row["class_name"]) for row in train])
+        self.train_groups = np.array([row["superclass"] for row in train])
+        self.train = self._features(decode_rows(train, "cifar100"))
+        test = open_data(self._data_config(), 0).test()
+        assert test is not None
+        self.test = self._features(test.images)
+        self.anomalous = test.anomalous
+        groups = {row["class_name"]: row["superclass"] for row in train}
+        self.test_groups = np.array([groups[name] for name in test.classes])
+
+    def fidelity(self) -> dict[str, float]:
+        """Nearest class centroids and Fréchet distance of `A_CLASS` images of every class."""
+        centroids = np.stack([self.train[self.train_labels == c].mean(0) for c in range(len(self.classes))])
+        centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+        texts = [f"a photo of {with_article(name.replace('_', ' '))}" for name in self.classes for _ in range(A_CLASS)]
+        drawn = self.draw(self.renderer, texts, 0)
+        ranks = class_ranks(drawn, np.repeat(np.arange(len(self.classes)), A_CLASS), centroids)
+        # Sets of one size: the distance depends on it.
+        rows = np.random.default_rng(0).permutation(min(len(self.train), len(self.test)))[: len(drawn)]
+        real = frechet(self.train[rows], self.test[rows])
+        return {
+            "class_top1": float((ranks < 1).mean()),
+            "class_top5": float((ranks < 5).mean()),
+            "frechet_ratio": frechet(drawn, self.test[rows]) / real,
+        }
+
+    def seed(self, seed: int) -> dict[str, float]:
+        """What anomalies drawn from written descriptions, and from normal captions, do for the detector."""
+        module = open_data(self._data_config(), seed)
+        normals = module.normals()
+        train, validation = self._features(normals.train.images), self._features(normals.validation.images)
+        rng = np.random.default_rng(seed)
+        texts = self.describe(module, train, seed)
+        captions = [normals.train.captions[i] for i in rng.permutation(len(train))]
+        controls = self.draw(self.renderer, captions[: len(validation)], seed + 1000)
+        outside = np.flatnonzero(self.train_groups != "household_furniture")
+        real = self.train[rng.permutation(outside)[:ANOMALIES]]
+        drawn = self.draw(self.renderer, texts, seed)
+
+        def auc(anomalies: np.ndarray | None, only: Sequence[str] = ()) -> float:
+            config = Knn(kind="knn") if anomalies is None else LinearHead(kind="fused")
+            detector = build(config)
+            given = None if anomalies is None else Features(anomalies)
+            detector.fit(Features(train), given, Features(validation), seed)
+            keep = ~self.anomalous | np.isin(self.test_groups, only) if only else np.ones(len(self.test), bool)
+            scores = detector.score(Features(self.test[keep]))
+            return float(roc_auc_score(self.anomalous[keep], scores))
+
+        row = {
+            "usefulness_auc": auc(drawn),
+            "control_auc": auc(controls[:ANOMALIES]),
+            "knn_auc": auc(None),
+            "real_images_auc": auc(real),
+            "real_vs_drawn_auc": real_vs_drawn(validation, controls, seed),
+        }
+        row["meaning_gain"] = row["usefulness_auc"] - row["control_auc"]
+        if self.second is not None:
+            without = self.draw(self.second, texts, seed)
+            base = auc(None, UNSEEN)
+            row["seen_gain"], row["unseen_gain"] = auc(drawn, UNSEEN) - base, auc(without, UNSEEN) - base
+        return row
+
+    def describe(self, module: DataModule, pooled: np.ndarray, seed: int) -> list[str]:
+        """`ANOMALIES` descriptions by the language model, without preference training, that the guard let pass."""
+        file = ROOT / "configs" / "cifar100_furniture.yaml"
+        config = load(file, RunConfig, [f"data.path={self.data / 'cifar100'}"])
+        train = module.normals().train
+        prompts = [p.text for p in build_prompts(train, pooled, module.subject, config.describe, seed)]
+        guard = Guard(config.describe.guard, module.normal_terms, train.captions, self.encoder)
+        sampler = build_sampler(config.describe)
+        passed: list[str] = []
+        for attempt in range(20):
+            lines = [line for part in sampler.sample(prompts, 8, 1000 * seed + attempt) for line in part]
+            passed += [text for text, reason in guard.judge(lines) if not reason]
+            if len(passed) >= ANOMALIES:
+                return passed[:ANOMALIES]
+        raise RuntimeError(f"the guard let only {len(passed)} of {20 * 8 * len(prompts)} lines pass")
+
+    def draw(self, renderer: Renderer, texts: Sequence[str], seed: int) -> np.ndarray:
+        """Features of one image a text."""
+        drawn = renderer.draw(texts, [100_000 * seed + i for i in range(len(texts))])
+        return self._features([image for image in drawn if isinstance(image, np.ndarray)])
+
+    def _features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return self.backbone.extract(list(images), patches=False).pooled
+
+    def _data_config(self) -> Cifar100Data:
+        return Cifar100Data(kind="cifar100", path=str(self.data / "cifar100"))
+
+
+def speed(config: RenderConfig, threads: int) -> dict[str, float]:
+    """Images a second, and the same as a multiple of 25 plain guided steps; measured in turns, in one process."""
+    plain = config.model_copy(update={"steps": 25, "chunk": config.chunk})
+    renderers = [Renderer.load(c, threads=threads) for c in (config, plain)]
+    texts = ["a photo of an apple"] * config.chunk
+    rates: list[list[float]] = [[], []]
+    for repeat in range(4):
+        for renderer, found in zip(renderers, rates, strict=True):
+            start = time.perf_counter()
+            renderer.draw(texts, [1000 * repeat + i for i in range(len(texts))])
+            found.append(len(texts) / (time.perf_counter() - start))
+    fast, slow = (np.array(found[1:]) for found in rates)  # the first round warms up
+    return {
+        "images_per_second": float(fast.mean()),
+        "images_per_second_std": float(fast.std()),
+        "times_plain_sampler": float(np.median(fast / slow)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the Parquet sets")
+    parser.add_argument("--renderer", required=True, help="builtin:, hub: or a folder with a pipeline")
+    parser.add_argument("--without-superclasses", help="a renderer trained without " + ", ".join(UNSEEN))
+    parser.add_argument("--steps", type=int, default=RenderConfig().steps)
+    parser.add_argument("--guidance", type=float, default=RenderConfig().guidance)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--target", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = RenderConfig(
+        pipeline=arguments.renderer, steps=arguments.steps, guidance=arguments.guidance, chunk=64, normals=0
+    )
+    second = None
+    if arguments.without_superclasses:
+        other = config.model_copy(update={"pipeline": arguments.without_superclasses})
+        second = Renderer.load(other, threads=arguments.threads)
+    bench = Bench(arguments.data, Renderer.load(config, threads=arguments.threads), second)
+    result: dict[str, Any] = {
+        "renderer": arguments.renderer,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "seeds": arguments.seeds,
+        "threads": arguments.threads,
+        **bench.fidelity(),
+        **summary([bench.seed(seed) for seed in range(arguments.seeds)]),
+        **speed(config, arguments.threads),
+    }
+    if second is None:
+        result["unseen_gain_ratio"] = None
+        result["unseen_gain_reason"] = "no renderer trained without the four superclasses was given"
+    else:
+        result["unseen_gain_ratio"] = result["unseen_gain"] / result["seen_gain"]
+    arguments.target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.target, result)
+
+
+if __name__ == "__main__":
+    main()
