@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "pairs": (pairs.VERSION, ("preference/pairs.py",)),
     "dpo": (dpo.VERSION, ("preference/dpo.py",)),
-    "fit": (tuned.VERSION, ("detectors", "features/base.py", "features/robust.py")),
+    "fit": (tuned.VERSION, ("detectors", "encoders", "features/base.py", "features/robust.py")),
 }
 
 

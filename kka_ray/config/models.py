@@ -413,11 +413,57 @@ class GenIas(LearnsFromAnomalies):
         return self
 
 
+class _Hypersphere(Strict):
+    """What Deep SVDD, Deep SAD and AE-SVDD share: the encoder and its training."""
+
+    input: Literal["features", "pixels"] = Field("features", description="pixels: of the images at 32 px, from scratch")
+    width: int | None = Field(None, ge=2, description="dimensions of the embedding; by default 512, on pixels 128")
+    hidden: int = Field(1024, ge=2, description="features: units of the hidden layer")
+    pretrain_epochs: int | None = Field(None, ge=0, description="of the autoencoder; by default 0, on pixels 20")
+    epochs: int | None = Field(None, ge=1, description="by default 10, on pixels 30")
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    batch: int = Field(128, ge=2)
+
+
+class DeepSvdd(_Hypersphere):
+    """Pulls the embeddings of normals to a centre. Ignores anomalies."""
+
+    kind: Literal["deep_svdd"]
+
+
+class DetectorDeepSad(_Hypersphere, LearnsFromAnomalies):
+    """Deep SVDD that pushes anomalies away from the centre."""
+
+    kind: Literal["deep_sad"]
+
+
+class AeSvdd(_Hypersphere, LearnsFromAnomalies):
+    """An autoencoder whose code is held in a sphere with a soft boundary; anomalies are held outside it."""
+
+    kind: Literal["ae_svdd"]
+    nu: float = Field(0.1, gt=0, lt=1, description="share of the normals that may lie outside the sphere")
+    reconstruction: float = Field(1.0, ge=0, description="weight of the reconstruction beside that of the sphere")
+    margin: float = Field(10.0, ge=0, description="anomalies are held outside (1 + margin) times the squared radius")
+
+
 Detector = Annotated[
-    SimpleNet | Knn | Mahalanobis | PatchCore | Padim | LinearHead | MlpHead | EnergyHead | BeatGan | GenIas,
+    SimpleNet
+    | Knn
+    | Mahalanobis
+    | PatchCore
+    | Padim
+    | LinearHead
+    | MlpHead
+    | EnergyHead
+    | BeatGan
+    | GenIas
+    | DeepSvdd
+    | DetectorDeepSad
+    | AeSvdd,
     Field(discriminator="kind"),
 ]
-IGNORE_ANOMALIES = ("knn", "mahalanobis", "patchcore", "padim")
+IGNORE_ANOMALIES = ("knn", "mahalanobis", "patchcore", "padim", "deep_svdd")
 """Kinds of detectors to which anomalies make no difference."""
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kka_ray.config.models import DeepSad
 from kka_ray.confusion.base import Evaluator
-from kka_ray.encoders.hypersphere import Hypersphere, semi_supervised
+from kka_ray.encoders.hypersphere import Hypersphere, batches, inverse
 from kka_ray.errors import StageError
 from kka_ray.features.pixels import SIDE
+
+_PRETRAIN_RATE = 1e-3
 
 
 class DeepSadEvaluator(Evaluator):
@@ -39,33 +42,42 @@ class DeepSadEvaluator(Evaluator):
         self._seed = seed
         generator = torch.Generator().manual_seed(seed)
         self._normals = self.sphere.start(normals, generator)
-        self.pretrain_losses += self.sphere.pretrain(
-            self._normals, self.config.pretrain_epochs, self.config.batch, generator
-        )
+        self._pretrain(generator)
         self.sphere.place(self._normals)
         self.centre = self.sphere.centre.numpy().copy()
+
+    def _pretrain(self, generator: torch.Generator) -> None:
+        encoder, decoder, x = self.sphere.encoder, self.sphere.decoder, self._normals
+        optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=_PRETRAIN_RATE)
+        encoder.train()
+        for _ in range(self.config.pretrain_epochs):
+            total = 0.0
+            for rows in batches(len(x), self.config.batch, generator):
+                loss = F.mse_loss(decoder(encoder(x[rows])), x[rows])
+                total += _step(optimiser, loss) * len(rows)
+            self.pretrain_losses.append(total / len(x))
 
     def train(self, anomalies: np.ndarray) -> None:
         """Trains the encoder; without anomalies this is Deep SVDD. Raises StageError for rows of a wrong shape."""
         config, x = self.config, self._normals
         anomalous = torch.arange(len(x) + len(anomalies)) >= len(x)
-        weights = torch.full(anomalous.shape, config.eta)
         if len(anomalies):
             self._check(anomalies)
             x = torch.cat([x, self.sphere.tensor(anomalies)])
 
-        def loss(embeddings: Tensor, rows: Tensor) -> Tensor:
-            return semi_supervised(self.sphere.distance(embeddings), anomalous[rows], weights[rows])
-
-        self.losses += self.sphere.train(
-            x,
-            loss,
-            epochs=config.epochs,
-            batch=config.batch,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            generator=torch.Generator().manual_seed(self._seed + 1),
-        )
+        encoder = self.sphere.encoder
+        optimiser = torch.optim.Adam(encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, config.epochs)
+        generator = torch.Generator().manual_seed(self._seed + 1)
+        encoder.train()
+        for _ in range(config.epochs):
+            total = 0.0
+            for rows in batches(len(x), config.batch, generator):
+                distance = self.sphere.distance(encoder(x[rows]))
+                loss = torch.where(anomalous[rows], config.eta * inverse(distance), distance).mean()
+                total += _step(optimiser, loss) * len(rows)
+            schedule.step()
+            self.losses.append(total / len(x))
 
     def score(self, rows: np.ndarray) -> np.ndarray:
         """||phi(x) - c||^2, float32 (N,)."""
@@ -86,3 +98,10 @@ class DeepSadEvaluator(Evaluator):
             raise StageError(f"the evaluator reads pooled features (N, D), got shape {rows.shape}")
         elif not np.isfinite(rows).all():
             raise StageError("features given to the evaluator are not finite; look for damaged images")
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> float:
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.item()

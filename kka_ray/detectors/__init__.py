@@ -15,6 +15,7 @@ from kka_ray.detectors.mahalanobis import MahalanobisDetector
 from kka_ray.detectors.padim import PadimDetector
 from kka_ray.detectors.patchcore import PatchCoreDetector
 from kka_ray.detectors.simplenet import SimpleNetDetector
+from kka_ray.detectors.svdd import AeSvddDetector, DeepSadDetector, DeepSvddDetector
 
 DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "simplenet": SimpleNetDetector,
@@ -28,6 +29,9 @@ DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "energy_head": EnergyHeadDetector,
     "beatgan": BeatGanDetector,
     "genias": GenIasDetector,
+    "deep_svdd": DeepSvddDetector,
+    "deep_sad": DeepSadDetector,
+    "ae_svdd": AeSvddDetector,
 }
 """From a configuration's `kind` to the class that it configures."""
 

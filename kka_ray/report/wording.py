@@ -19,6 +19,9 @@ DETECTORS = {
     "energy_head": "energy head",
     "beatgan": "BEAT-GAN",
     "genias": "GenIAS",
+    "deep_svdd": "Deep SVDD",
+    "deep_sad": "Deep SAD",
+    "ae_svdd": "AE-SVDD",
 }
 ARMS = {
     "baseline": "normals only",

@@ -22,9 +22,12 @@ SMALL = {
     "energy_head": {"hidden": 32, "batch": 32, "epochs": 10, "learning_rate": 1e-2},
     "beatgan": {"maps": 4, "width": 8, "batch": 16, "epochs": 2, "learning_rate": 3e-3},
     "genias": {"maps": 4, "width": 8, "batch": 16, "generator_epochs": 3, "epochs": 3, "learning_rate": 3e-3},
+    "deep_svdd": {"hidden": 64, "width": 32},
+    "deep_sad": {"hidden": 64, "width": 32},
+    "ae_svdd": {"hidden": 64, "width": 32},
 }
 """What the few small features here need of the options; the defaults are for sets of hundreds."""
-NEED_VARIANCE = ("mahalanobis", "padim")
+NEED_VARIANCE = ("mahalanobis", "padim", "deep_svdd", "deep_sad", "ae_svdd")
 
 
 def _config(kind: str):
@@ -92,7 +95,9 @@ def test_fitting_repeats_and_leaves_the_global_random_state_alone(kind):
     assert np.array_equal(_fitted(kind).score(TEST), first)
 
 
-@pytest.mark.parametrize("kind", ["simplenet", "patchcore", "mlp_head", "energy_head"])
+@pytest.mark.parametrize(
+    "kind", ["simplenet", "patchcore", "mlp_head", "energy_head", "deep_svdd", "deep_sad", "ae_svdd"]
+)
 def test_the_seed_matters_to_what_is_random(kind):
     assert not np.array_equal(_fitted(kind, seed=1).score(TEST), _fitted(kind, seed=2).score(TEST))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kka_ray.config.models import EnergyHead, Knn, LinearHead, Mahalanobis, MlpHead, PatchCore, SimpleNet
+from kka_ray.config.models import DeepSvdd, EnergyHead, Knn, LinearHead, Mahalanobis, MlpHead, PatchCore, SimpleNet
 from kka_ray.detectors.export import export_onnx
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError
@@ -33,6 +33,7 @@ def _fit(config, backbone: Backbone) -> TunedDetector:
         LinearHead(kind="fused"),
         MlpHead(kind="mlp_head", epochs=1),
         EnergyHead(kind="energy_head", epochs=1, fused=False),
+        DeepSvdd(kind="deep_svdd", epochs=1),
     ],
     ids=lambda config: config.kind,
 )
@@ -56,6 +57,12 @@ def test_a_detector_without_such_a_form_says_so(backbone, tmp_path):
     with pytest.raises(ConfigError, match="PatchCoreDetector cannot be exported"):
         export_onnx(_fit(PatchCore(kind="patchcore"), backbone), tmp_path / "detector.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_detector_of_pixels_says_that_it_cannot_be_exported(backbone, tmp_path):
+    config = DeepSvdd(kind="deep_svdd", input="pixels", pretrain_epochs=0, epochs=1)
+    with pytest.raises(ConfigError, match="DeepSvddDetector cannot be exported"):
+        export_onnx(_fit(config, backbone), tmp_path / "detector.onnx")
 
 
 def test_the_engine_changes_scores_and_heat_by_rounding_only(backbone, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kka_ray.config.models import BeatGan, EnergyHead, GenIas, MlpHead, SimpleNet
+from kka_ray.config.models import AeSvdd, BeatGan, DeepSvdd, DetectorDeepSad, EnergyHead, GenIas, MlpHead, SimpleNet
 from kka_ray.detectors import build
 from kka_ray.detectors.training import ALONE, Training
 from kka_ray.features.base import Features
@@ -26,8 +26,11 @@ CONFIGS = {  # the detectors that share their steps
     "energy_head": EnergyHead(kind="energy_head", epochs=4, batch=16),
     "beatgan": BeatGan(kind="beatgan", epochs=4, batch=16, maps=4, width=4),
     "genias": GenIas(kind="genias", generator_epochs=4, epochs=4, batch=16, maps=4, width=4),
+    "deep_svdd": DeepSvdd(kind="deep_svdd", hidden=32, width=16, epochs=4, batch=16),
+    "deep_sad": DetectorDeepSad(kind="deep_sad", hidden=32, width=16, epochs=4, batch=16),
+    "ae_svdd": AeSvdd(kind="ae_svdd", hidden=32, width=16, pretrain_epochs=4, epochs=4, batch=16),
 }
-PHASES = {"simplenet": 2, "genias": 2}
+PHASES = {"simplenet": 2, "genias": 2, "ae_svdd": 2}
 """Networks that a fit trains, one after the other, where they are not one."""
 
 
@@ -75,6 +78,27 @@ def test_workers_that_share_the_steps_end_where_one_does(kind, workers):
     alone = _scores(kind, ALONE)
     for rank in range(workers):
         np.testing.assert_allclose(scores[rank], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_of_pixels_every_worker_computes_the_whole():
+    """Batch normalisation would see a part of the batch only."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
+    normals = Features(NORMALS.pooled[:12], pixels=pixels)
+
+    class Second(Training):
+        def rows(self, count: int) -> slice:
+            return slice(count // 2, count)
+
+        def add(self, gradients) -> None:
+            pytest.fail("the gradients are whole already")
+
+    def scores(training: Training) -> np.ndarray:
+        detector = build(AeSvdd(kind="ae_svdd", input="pixels", width=4, pretrain_epochs=0, epochs=1))
+        detector.training = training
+        detector.fit(normals, None, normals, 0)
+        return detector.score(normals)
+
+    assert np.array_equal(scores(Second()), scores(ALONE))
 
 
 class _Kept(Training):
