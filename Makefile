@@ -9,7 +9,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: setup setup-vllm demo test test-slow test-vllm lint clean
+.PHONY: setup setup-vllm demo test test-slow test-vllm test-chaos lint clean
 
 setup: $(STAMP)
 	@$(BIN)/kka setup
@@ -51,6 +51,10 @@ test: setup lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not chaos and not vllm"
+
+# Kills workers, drivers and nodes of whole runs at random moments: about 20 minutes on two cores.
+test-chaos: setup
+	KKA_CHAOS_RESULT=benchmarks/results/chaos.json $(BIN)/python -m pytest -m chaos tests/chaos
 
 # The vLLM engine for real, on CPU: against transformers, as a server, and in a whole run.
 test-vllm: setup-vllm

@@ -33,6 +33,19 @@ _ARMS = {
     "drawn_normals": "drawn normals",
 }
 
+_RATIOS = {
+    "captions_over_reference": ("captions, over one prompt at a time without a cache", "≥", 30.0),
+    "captions_over_generate_float32": ("captions, over batched `generate` in float32", "≥", 1.8),
+    "captions_over_generate_bf16": ("captions, over batched `generate` in bf16", "≥", 1.15),
+    "vllm_over_transformers": ("captions, vLLM on the CPU over our transformers engine", "≥", 0.8),
+    "dpo_over_trl": ("DPO steps, over TRL's defaults", "≥", 2.0),
+    "pool_overhead": ("pool, over the bare stage in a loop, less 1", "≤", 0.05),
+    "overlap": ("three stages streamed over one after another, simulated devices", "≤", 0.45),
+    "scaling_64": ("64 simulated workers, of the ideal", "≥", 0.9),
+    "scaling_256": ("256 simulated workers, of the ideal", "≥", 0.8),
+    "orchestration_share": ("run of three rounds: part of the time in which no stage computes", "≤", 0.1),
+}
+
 _SOURCES = {
     "none": "normals only",
     **{name: _ARMS[name] for name in ("noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin")},
@@ -146,12 +159,40 @@ def renderer(result: Mapping[str, Any]) -> str:
     )
 
 
+def throughput(result: Mapping[str, Any]) -> str:
+    """A row a ratio; those that are not measured yet say so."""
+    rows = [["measure", "measured", "wanted", ""]]
+    for name, (words, sign, bound) in _RATIOS.items():
+        value = result.get(name)
+        passed = value is not None and (value >= bound if sign == "≥" else value <= bound)
+        measured = "not measured yet" if value is None else f"{value:.3g}"
+        rows.append([words, measured, f"{sign} {bound:g}", "" if value is None else "yes" if passed else "**no**"])
+    parts = [f"Measured on {result['machine']}.\n\n{_table(rows)}"]
+    if "scaling_details" in result:
+        table = [["simulated workers", "of the ideal", "chunks", "longest chunk, s", "driver, ms a chunk"]]
+        for workers, row in result["scaling_details"]["workers"].items():
+            cells = [f"{row['of_ideal']:.3f}", str(row["chunks"])]
+            table.append([workers, *cells, f"{row['longest_seconds']:.1f}", f"{row['driver_ms_a_chunk']:.1f}"])
+        parts.append(f"The scaling, by number of workers:\n\n{_table(table)}")
+    return "\n".join(parts)
+
+
+def chaos(result: Mapping[str, Any]) -> str:
+    """Kills by kind, and what came of the runs."""
+    rows = [["killed", "times"], *([kind, str(count)] for kind, count in result["kills"].items())]
+    rows.append(["in all", str(result["kills_in_all"])])
+    runs, failed = result["runs_with_the_undisturbed_result"], result["failed_tests"]
+    return f"{_table(rows)}\n{runs} runs ended with the undisturbed result; {failed} tests failed.\n"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "renderer": renderer,
     "demo": demo,
     "real_data": real_data,
     "detectors": detectors,
     "detector_speed": detector_speed,
+    "throughput": throughput,
+    "chaos": chaos,
 }
 
 

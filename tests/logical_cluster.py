@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment
 
 # isort: split
 import ray
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+_COUNTED = ("CPU", "GPU")
 
 
 @contextmanager
@@ -29,3 +34,25 @@ def logical_cluster(nodes: Sequence[Mapping[str, int]]) -> Iterator[Cluster]:
         if ray.is_initialized():
             ray.shutdown()
         cluster.shutdown()
+
+
+def assert_nothing_is_left() -> None:
+    """No actor, placement group or share of the resources may be left on the cluster that this process is connected to.
+
+    Gives Ray a minute to clear up.
+    """
+    _wait_for(lambda: not [a for a in actors().values() if a["State"] != "DEAD"], "an actor is left")
+    _wait_for(
+        lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()), "a placement group is left"
+    )
+    _wait_for(
+        lambda: all(ray.available_resources().get(k) == v for k, v in ray.cluster_resources().items() if k in _COUNTED),
+        "a share of the resources is left",
+    )
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)

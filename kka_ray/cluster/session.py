@@ -32,9 +32,13 @@ def session(config: ClusterConfig, *, verbose: bool = False) -> Iterator[None]:
             logging_level=level,
             include_dashboard=None if address else False,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
-        raise ResourceError(f"cannot reach {where}: {error}") from error
+    except Exception as error:  # Ray raises a bare one where a node is not up within its 30 s
+        if address:
+            raise ResourceError(f"cannot reach the Ray cluster at {address!r}: {error}") from error
+        raise ResourceError(
+            f"cannot start a local Ray cluster: {error}. On a machine with much else to do the same command may need "
+            "another try"
+        ) from error
     try:
         yield
     finally:

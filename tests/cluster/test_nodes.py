@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import ray
-from ray._private.state import actors
 from ray.cluster_utils import Cluster
-from ray.util import placement_group_table
 
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.pool import Pool, drain
@@ -17,7 +14,7 @@ from kka_ray.cluster.session import nodes, session
 from kka_ray.config.models import ClusterConfig, FlowersData, PoolConfig, RunConfig
 from kka_ray.errors import ResourceError, StageError
 from tests.cluster import fakes
-from tests.logical_cluster import logical_cluster
+from tests.logical_cluster import assert_nothing_is_left, logical_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -39,25 +36,6 @@ def gpu_pool(workers: int, gpus: float = 1, **limits: object) -> Pool:
         return actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote()
 
     return Pool("fakes", start, size, ClusterConfig(**limits))  # type: ignore[arg-type]
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
-def assert_nothing_is_left() -> None:
-    wait_for(lambda: not [a for a in actors().values() if a["State"] != "DEAD"], "an actor is left")
-    wait_for(
-        lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()), "a placement group is left"
-    )
-    total = ray.cluster_resources()
-    wait_for(
-        lambda: all(ray.available_resources().get(k) == total.get(k) for k in ("CPU", "GPU") if k in total),
-        "a share of the resources is left",
-    )
 
 
 def test_a_finished_and_a_failed_pool_leave_nothing(cluster: Cluster) -> None:

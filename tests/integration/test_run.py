@@ -1,33 +1,19 @@
 """Whole runs on a local cluster with the real small models."""
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.tiny_run import finish, models_are_missing, start
-
-TIMES = ("wall_seconds", "seconds", "fit_seconds")
+from tests.integration.tiny_run import finish, models_are_missing, start, summary
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`"),
 ]
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def summary(folder: Path) -> Any:
-    return without_times(json.loads((folder / "runs" / "tiny" / "summary.json").read_text()))
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from kka_ray import assets
@@ -58,7 +60,27 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=600)
+_TIMES = ("wall_seconds", "seconds", "fit_seconds")
+
+
+def summary(folder: Path) -> Any:
+    """The summary of a finished run, times left out."""
+    return _without_times(json.loads((folder / "runs" / "tiny" / "summary.json").read_text()))
+
+
+def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every table of a finished run, row by row, times left out."""
+    tables = sorted((folder / "runs" / "tiny" / "records").glob("*.parquet"))
+    return {file.stem: _without_times(pq.read_table(file).to_pylist()) for file in tables}
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if k not in _TIMES}
+    return [_without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 600) -> str:
+    output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
     return output

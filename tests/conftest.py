@@ -1,0 +1,3 @@
+"""For all tests."""
+
+import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before any test imports Ray
