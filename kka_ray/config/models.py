@@ -283,10 +283,9 @@ class LearnsFromAnomalies(Strict):
     )
 
 
-class SimpleNet(LearnsFromAnomalies):
-    """SimpleNet on a frozen backbone; generated anomalies are further negatives of its discriminator."""
+class _SimpleNet(LearnsFromAnomalies):
+    """What SimpleNet has with either kind of features."""
 
-    kind: Literal["simplenet"] = "simplenet"
     width: int = Field(512, ge=8, description="dimensions of the adapted feature, at most those of the feature")
     hidden: int = Field(1024, ge=8, description="hidden units of the discriminator, at most twice its width")
     shrinkage: float = Field(0.3, gt=0, le=1, description="of the whitening that the adaptor starts from")
@@ -298,6 +297,22 @@ class SimpleNet(LearnsFromAnomalies):
     learning_rate: float = Field(1e-3, gt=0)
     anomaly_patches: int = Field(8, ge=1, description="most anomalous patches of an anomaly that are negatives")
     patch_weight: float = Field(0.5, ge=0, description="of the worst patch in the score, beside 1 for the image")
+
+
+class SimpleNet(_SimpleNet):
+    """SimpleNet on a frozen backbone; generated anomalies are further negatives of its discriminator."""
+
+    kind: Literal["simplenet"] = "simplenet"
+
+
+class PixelSimpleNet(_SimpleNet):
+    """SimpleNet from pixels: its features are those of an autoencoder that was trained on the normals."""
+
+    kind: Literal["simplenet_pixels"]
+    maps: int = Field(16, ge=4, multiple_of=4, description="of the first stage; the others have 2 and 4 times as many")
+    code: int = Field(128, ge=1, description="dimensions of the autoencoder's code")
+    encoder_epochs: int = Field(20, ge=0, description="of the autoencoder; 0 leaves its random weights")
+    encoder_rate: float = Field(1e-3, gt=0, description="learning rate of the autoencoder")
 
 
 class Knn(Strict):
@@ -449,6 +464,7 @@ class AeSvdd(_Hypersphere, LearnsFromAnomalies):
 
 Detector = Annotated[
     SimpleNet
+    | PixelSimpleNet
     | Knn
     | Mahalanobis
     | PatchCore

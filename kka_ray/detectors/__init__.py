@@ -14,7 +14,7 @@ from kka_ray.detectors.knn import KnnDetector
 from kka_ray.detectors.mahalanobis import MahalanobisDetector
 from kka_ray.detectors.padim import PadimDetector
 from kka_ray.detectors.patchcore import PatchCoreDetector
-from kka_ray.detectors.simplenet import SimpleNetDetector
+from kka_ray.detectors.simplenet import PixelSimpleNetDetector, SimpleNetDetector
 from kka_ray.detectors.svdd import AeSvddDetector, DeepSadDetector, DeepSvddDetector
 
 DETECTORS: dict[str, Callable[[Any], Detector]] = {
@@ -27,6 +27,7 @@ DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "fused": LinearHeadDetector,
     "mlp_head": MlpHeadDetector,
     "energy_head": EnergyHeadDetector,
+    "simplenet_pixels": PixelSimpleNetDetector,
     "beatgan": BeatGanDetector,
     "genias": GenIasDetector,
     "deep_svdd": DeepSvddDetector,

@@ -17,6 +17,7 @@ DETECTORS = {
     "fused": "linear head + k-NN",
     "mlp_head": "MLP head",
     "energy_head": "energy head",
+    "simplenet_pixels": "SimpleNet from pixels",
     "beatgan": "BEAT-GAN",
     "genias": "GenIAS",
     "deep_svdd": "Deep SVDD",

@@ -12,6 +12,7 @@ from kka_ray.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 GIVEN = {
     "cifar100_furniture": ["data.path=x"],
+    "detectors_32px": ["data.path=x"],
     "oxford102": ["data.path=x"],
     "ucm_captions": ["data.path=x"],
     "magnetic_tile": ["data.path=x"],

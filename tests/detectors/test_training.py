@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from kka_ray.config.models import AeSvdd, BeatGan, DeepSvdd, DetectorDeepSad, EnergyHead, GenIas, MlpHead, SimpleNet
+from kka_ray.config.models import (
+    AeSvdd,
+    BeatGan,
+    DeepSvdd,
+    DetectorDeepSad,
+    EnergyHead,
+    GenIas,
+    MlpHead,
+    PixelSimpleNet,
+    SimpleNet,
+)
 from kka_ray.detectors import build
 from kka_ray.detectors.training import ALONE, Training
 from kka_ray.features.base import Features
@@ -22,6 +32,7 @@ def _features(count: int, seed: int, shift: float = 0.0) -> Features:
 NORMALS, VALIDATION, ANOMALIES, TEST = (_features(70, 0), _features(30, 1), _features(9, 2, 1.0), _features(40, 3, 0.5))
 CONFIGS = {  # the detectors that share their steps
     "simplenet": SimpleNet(epochs=4, batch=16),
+    "simplenet_pixels": PixelSimpleNet(kind="simplenet_pixels", epochs=4, encoder_epochs=4, batch=16, maps=4),
     "mlp_head": MlpHead(kind="mlp_head", epochs=4, batch=16),
     "energy_head": EnergyHead(kind="energy_head", epochs=4, batch=16),
     "beatgan": BeatGan(kind="beatgan", epochs=4, batch=16, maps=4, width=4),
@@ -30,7 +41,7 @@ CONFIGS = {  # the detectors that share their steps
     "deep_sad": DetectorDeepSad(kind="deep_sad", hidden=32, width=16, epochs=4, batch=16),
     "ae_svdd": AeSvdd(kind="ae_svdd", hidden=32, width=16, pretrain_epochs=4, epochs=4, batch=16),
 }
-PHASES = {"simplenet": 2, "genias": 2, "ae_svdd": 2}
+PHASES = {"simplenet": 2, "simplenet_pixels": 3, "genias": 2, "ae_svdd": 2}
 """Networks that a fit trains, one after the other, where they are not one."""
 
 

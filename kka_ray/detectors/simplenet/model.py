@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kka_ray.config.models import SimpleNet
+from kka_ray.config.models import PixelSimpleNet, SimpleNet
 from kka_ray.detectors.base import Detector
 from kka_ray.detectors.patches import on_grid, patch_rows
 from kka_ray.detectors.simplenet.branch import Branch
@@ -28,7 +28,7 @@ class SimpleNetDetector(Detector):
 
     needs_patches: ClassVar[bool] = True
 
-    def __init__(self, config: SimpleNet) -> None:
+    def __init__(self, config: SimpleNet | PixelSimpleNet) -> None:
         self.config = config
         self._branches: dict[str, Branch] = {}
         self._scales: dict[str, Robust] = {}
