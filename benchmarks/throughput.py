@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import pools
+from benchmarks import captions, pools
 from kka_ray.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "throughput.json"
@@ -25,16 +25,22 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "overlap": pools.overlap,
     "scaling": pools.scaling,
     "orchestration_share": pools.orchestration_share,
+    "captions_over_reference": captions.captions_over_reference,
+    "captions_over_generate_float32": captions.captions_over_generate_float32,
+    "captions_over_generate_bf16": captions.captions_over_generate_bf16,
+    "vllm_over_transformers": captions.vllm_over_transformers,
 }
+ELSEWHERE = ("vllm_over_transformers",)
+"""Rows that want the environment of `make setup-vllm`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="by default all of them")
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="by default all but those that want vLLM")
     parser.add_argument("--target", type=Path, default=RESULT)
     arguments = parser.parse_args()
     console = Console()
-    for name in arguments.rows or ROWS:
+    for name in arguments.rows or [row for row in ROWS if row not in ELSEWHERE]:
         console.print(f"{name} ...", highlight=False)
         measured = ROWS[name]()
         console.print(json.dumps(measured, indent=1), highlight=False)

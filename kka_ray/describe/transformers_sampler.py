@@ -29,14 +29,14 @@ class TransformersEngine:
         self.device = torch.device(device)
         self.dtype = compute_dtype(engine.dtype, self.device)
         model = assets.resolve(engine.model)
-        self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=engine.trust_remote_code)
-        self._tokenizer.padding_side = "left"
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self.tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=engine.trust_remote_code)
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = AutoModelForCausalLM.from_pretrained(
             model.path, dtype=self.dtype, trust_remote_code=engine.trust_remote_code, use_safetensors=True
         )
-        self._model.eval().requires_grad_(False).to(self.device)
+        self.model.eval().requires_grad_(False).to(self.device)
         self._raw: dict[str, Tensor] = {}
         self._ends = self._line_ends()
 
@@ -45,7 +45,7 @@ class TransformersEngine:
 
         Raises StageError if the adapter names weights that the model does not have.
         """
-        weights = dict(self._model.named_parameters())
+        weights = dict(self.model.named_parameters())
         for name, raw in self._raw.items():
             weights[name].copy_(raw)
         self._raw = {}
@@ -64,20 +64,24 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:
-        """`count` completions for each prompt, in batches of whole prompts."""
+        """`count` completions for each prompt, in batches of whole prompts of about the same length."""
         per_batch = max(1, self.batch // count)
-        out: list[list[str]] = []
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
+        out: list[list[str]] = [[] for _ in prompts]
         for start in range(0, len(prompts), per_batch):
+            part = order[start : start + per_batch]
             generator = torch.Generator().manual_seed(_mix(seed, start))
-            out += self._sample_batch(list(prompts[start : start + per_batch]), count, generator)
+            for i, lines in zip(part, self._sample_batch([prompts[i] for i in part], count, generator), strict=True):
+                out[i] = lines
         return out
 
     def _sample_batch(self, prompts: list[str], count: int, generator: torch.Generator) -> list[list[str]]:
-        batch = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
-        cache = DynamicCache(config=self._model.config)
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+        cache = DynamicCache(config=self.model.config)
         mask = batch["attention_mask"]
         position = mask.cumsum(-1) - 1
-        logits = self._model(
+        logits = self.model(
             batch["input_ids"],
             attention_mask=mask,
             position_ids=position.clamp_min(0),
@@ -106,10 +110,10 @@ class TransformersEngine:
                 cache.batch_select_indices(there)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             position = position + 1
-            logits = self._model(
+            logits = self.model(
                 tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
             ).logits[:, -1]
-        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     @torch.inference_mode()
@@ -118,7 +122,7 @@ class TransformersEngine:
         rows_of: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             rows_of.setdefault(prompt, []).append(i)
-        tokens = [self._tokenizer(c, add_special_tokens=False)["input_ids"] for c in completions]
+        tokens = [self.tokenizer(c, add_special_tokens=False)["input_ids"] for c in completions]
         out: list[list[float]] = [[] for _ in completions]
         for prompt, rows in rows_of.items():
             for start in range(0, len(rows), self.batch):
@@ -131,15 +135,15 @@ class TransformersEngine:
 
     def _log_probs_of_one_prompt(self, prompt: str, completions: list[list[int]]) -> list[list[float]]:
         """A row of log-probabilities a completion, padded at the end."""
-        prefix = self._tokenizer(prompt, return_tensors="pt").to(self.device)
+        prefix = self.tokenizer(prompt, return_tensors="pt").to(self.device)
         length, count, longest = prefix["input_ids"].shape[1], len(completions), max(map(len, completions))
-        cache = DynamicCache(config=self._model.config)
-        first = self._model(**prefix, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
+        cache = DynamicCache(config=self.model.config)
+        first = self.model(**prefix, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
         cache.batch_repeat_interleave(count)
-        pad = self._tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         ids = torch.tensor([c + [pad] * (longest - len(c)) for c in completions], device=self.device)
         there = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions], device=self.device)
-        logits = self._model(
+        logits = self.model(
             ids,
             attention_mask=torch.cat([there.new_ones(count, length), there], 1),
             position_ids=torch.arange(length, length + longest, device=self.device).expand(count, -1),
@@ -150,11 +154,11 @@ class TransformersEngine:
 
     def _line_ends(self) -> Tensor:
         """Bool (vocabulary,): tokens that end a line, and the end-of-text token."""
-        size = self._model.config.vocab_size
-        texts = self._tokenizer.batch_decode([[i] for i in range(min(size, len(self._tokenizer)))])
+        size = self.model.config.vocab_size
+        texts = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         ends = torch.zeros(size, dtype=torch.bool)
         ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
-        ends[self._tokenizer.eos_token_id] = True
+        ends[self.tokenizer.eos_token_id] = True
         return ends.to(self.device)
 
 

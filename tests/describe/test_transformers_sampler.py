@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kka_ray import assets
+from kka_ray.config.models import DescribeConfig, TransformersSampler
+from kka_ray.describe.transformers_sampler import TransformersEngine
+
+MODEL = "builtin:smollm2-135m-instruct"
+PROMPTS = [
+    "Common flowers:\n- a white flower with six narrow petals and a yellow centre\n- a pink flower\nRare flowers:\n-",
+    "Animals:\n- a cat\n-",
+    "Furniture of a house:\n- a wooden chair with four legs\n- a long table\n-",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
+]
+
+
+def engine(**options: float) -> TransformersEngine:
+    sampler = TransformersSampler(dtype="float32", batch=4)
+    return TransformersEngine(DescribeConfig(sampler=sampler, max_tokens=8, **options))  # type: ignore[arg-type]
+
+
+def test_every_prompt_gets_its_own_lines_whatever_is_batched_with_it() -> None:
+    """With hardly any chance left, a prompt's lines are what the model says to that prompt alone."""
+    greedy = engine(temperature=1e-4)
+    together = greedy.sample(PROMPTS, 2, seed=0)
+    assert together == [greedy.sample([prompt], 2, seed=5)[0] for prompt in PROMPTS]
+    assert all(len(set(lines)) == 1 for lines in together)
+    assert len({lines[0] for lines in together}) == 3
+
+
+def test_the_same_seed_gives_the_same_lines_and_another_seed_others() -> None:
+    sampler = engine()
+    first = sampler.sample(PROMPTS, 4, seed=1)
+    assert first == sampler.sample(PROMPTS, 4, seed=1)
+    assert first != sampler.sample(PROMPTS, 4, seed=2)
+    assert len({line for lines in first for line in lines}) > 6
+
+
+def test_log_probabilities_are_those_of_one_plain_forward_pass() -> None:
+    sampler, path = engine(), assets.resolve(MODEL).path
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path),
+    )
+    line = " a blue car\n"
+    prompt_ids = tokenizer(PROMPTS[0])["input_ids"]
+    ids = torch.tensor([prompt_ids + tokenizer(line, add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        values = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    wanted = values[len(prompt_ids) - 1 :].tolist()
+    short, found = sampler.log_probs([PROMPTS[0]] * 2, [" a\n", line])
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert len(short) < len(found)
