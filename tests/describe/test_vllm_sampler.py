@@ -24,8 +24,8 @@ PROMPTS = [
     "A list of flowers:\n- a yellow tulip\n-",
 ]
 LINES = [" a red flower with seven long petals\n", " a blue car in the street\n"]
-TOLERANCE = 0.12
-"""Of a token's log-probability, in nats: twice what rounding to bfloat16 does to either engine here."""
+TOLERANCE = 0.2
+"""Of a token's log-probability, in nats, on average: rounding to bfloat16 does 0.14 here."""
 
 pytestmark = [
     pytest.mark.vllm,
@@ -59,8 +59,8 @@ def wanted(adapters: list[Path]) -> dict[Path | None, np.ndarray]:
         engine.load_adapter(folder)
         found[folder] = all_log_probs(engine)
     # What is checked below must be told apart by it.
-    assert min(np.abs(found[None] - found[a]).mean() for a in adapters) > 5 * TOLERANCE
-    assert np.abs(found[adapters[0]] - found[adapters[1]]).mean() > 5 * TOLERANCE
+    assert min(np.abs(found[None] - found[a]).mean() for a in adapters) > 4 * TOLERANCE
+    assert np.abs(found[adapters[0]] - found[adapters[1]]).mean() > 4 * TOLERANCE
     return found
 
 
