@@ -17,6 +17,8 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 _COUNTED = ("CPU", "GPU")
+_OF_RAY = ("_AutoscalingCoordinatorActor", "DatasetManager", "TrainStateActor")
+"""Ray Train keeps these for its next job; they take no resources."""
 
 
 @contextmanager
@@ -41,18 +43,24 @@ def assert_nothing_is_left() -> None:
 
     Gives Ray a minute to clear up.
     """
-    _wait_for(lambda: not [a for a in actors().values() if a["State"] != "DEAD"], "an actor is left")
+    _wait_for(lambda: not _living_actors(), lambda: f"actors are left: {_living_actors()}")
     _wait_for(
-        lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()), "a placement group is left"
+        lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()),
+        lambda: f"placement groups are left: {placement_group_table()}",
     )
     _wait_for(
         lambda: all(ray.available_resources().get(k) == v for k, v in ray.cluster_resources().items() if k in _COUNTED),
-        "a share of the resources is left",
+        lambda: f"free: {ray.available_resources()} of {ray.cluster_resources()}",
     )
 
 
-def _wait_for(condition: Callable[[], bool], what: str) -> None:
+def _living_actors() -> list[str]:
+    living = [a["ActorClassName"] for a in actors().values() if a["State"] != "DEAD"]
+    return [name for name in living if name not in _OF_RAY]
+
+
+def _wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, otherwise()
         time.sleep(0.2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -9,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
 from kka_ray.errors import KkaError, StageError
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -31,27 +36,39 @@ def run(
     `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
     used before would load the old job's state.
     """
+    unique = f"{name}-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
-        trainer = TorchTrainer(
-            function,
-            torch_config=TorchConfig(backend="gloo" if cluster.device == "cpu" else None),
-            train_loop_config={**arguments, "threads": cluster.train_threads},
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=cluster.train_gpus > 0,
-                resources_per_worker=_resources(cluster),
-            ),
-            run_config=RunConfig(
-                name=f"{name}-{uuid.uuid4().hex[:8]}",
-                storage_path=storage,
-                failure_config=FailureConfig(max_failures=cluster.max_restarts),
-                worker_runtime_env=runtime_env(cluster.train_runtime_env),
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _reason(name, error) from error
+        for restarts in itertools.count():
+            trainer = TorchTrainer(
+                function,
+                torch_config=TorchConfig(backend="gloo" if cluster.device == "cpu" else None),
+                train_loop_config={**arguments, "threads": cluster.train_threads},
+                scaling_config=ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=cluster.train_gpus > 0,
+                    resources_per_worker=_resources(cluster),
+                ),
+                run_config=RunConfig(
+                    name=unique,
+                    storage_path=storage,
+                    failure_config=FailureConfig(max_failures=cluster.max_restarts),
+                    worker_runtime_env=runtime_env(cluster.train_runtime_env),
+                ),
+            )
+            try:
+                trainer.fit()
+                return
+            except (TrainingFailedError, RayActorError) as error:
+                if not _unattended(error) or restarts >= cluster.max_restarts:
+                    raise _reason(name, error) from error
+                log.warning("the Ray Train job %s is started again: %s", name, str(error).splitlines()[0])
+
+
+def _unattended(error: Exception) -> bool:
+    """Whether a worker died while Ray Train was not looking, or its controller did: it starts neither again itself."""
+    if isinstance(error, ControllerError):
+        error = error.controller_failure
+    return isinstance(error, RayActorError)
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:
@@ -61,7 +78,7 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return resources
 
 
-def _reason(name: str, error: TrainingFailedError) -> KkaError:
+def _reason(name: str, error: Exception) -> KkaError:
     failures = getattr(error, "worker_failures", {}) or {}
     for failure in failures.values():
         cause = getattr(failure, "cause", failure)
