@@ -29,6 +29,7 @@ _ARMS = {
     "patch_swap": "patch swap",
     "mixup": "MixUp",
     "perlin": "Perlin",
+    "genias": "GenIAS",
     "outside": "outside images",
     "drawn_normals": "drawn normals",
 }
@@ -48,7 +49,10 @@ _RATIOS = {
 
 _SOURCES = {
     "none": "normals only",
-    **{name: _ARMS[name] for name in ("noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin")},
+    **{
+        name: _ARMS[name]
+        for name in ("noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "genias")
+    },
     "cifar10": "real (CIFAR-10)",
 }
 

@@ -25,7 +25,7 @@ from kka_ray.config.models import (
 from kka_ray.data import open_data
 from kka_ray.data.base import DataModule, ImageSet, content_hash
 from kka_ray.detectors import DETECTORS, build, outside
-from kka_ray.detectors.sources import SOURCES, make
+from kka_ray.detectors.sources import KINDS, make
 from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.errors import ConfigError
 from kka_ray.evaluation import metrics
@@ -132,7 +132,7 @@ def measure(
 
 def choose(only: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Data sets, detectors and sources that the names in `only` leave. Raises ConfigError for an unknown name."""
-    kinds = [list(DATA_SETS), list(DETECTORS), [NONE, *SOURCES, OUTSIDE]]
+    kinds = [list(DATA_SETS), list(DETECTORS), [NONE, *KINDS, OUTSIDE]]
     unknown = [name for name in only if not any(name in kind for kind in kinds)]
     if unknown:
         known = "; ".join(", ".join(kind) for kind in kinds)

@@ -10,7 +10,7 @@ from kka_ray.data.base import ImageSet
 from kka_ray.data.decode import encode_png
 from kka_ray.detector_benchmark import FeatureBank, choose, measure
 from kka_ray.detectors import DETECTORS
-from kka_ray.detectors.sources import SOURCES
+from kka_ray.detectors.sources import KINDS
 from kka_ray.errors import ConfigError
 from kka_ray.features.base import Features
 from kka_ray.store import Store
@@ -19,7 +19,7 @@ from kka_ray.store import Store
 def test_names_restrict_their_kind_only():
     data, detectors, sources = choose(["knn", "magnetic_tile", "head"])
     assert (data, detectors) == (["magnetic_tile"], ["knn", "head"])
-    assert sources == ["none", *SOURCES, "cifar10"]
+    assert sources == ["none", *KINDS, "cifar10"]
     assert choose(())[1] == list(DETECTORS)
     with pytest.raises(ConfigError, match="--only svm: there is no such"):
         choose(["knn", "svm"])

@@ -496,7 +496,7 @@ class AnomalyWeights(Strict):
 
 
 Control = Literal[
-    "noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "outside", "drawn_normals"
+    "noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "genias", "outside", "drawn_normals"
 ]
 """An anomaly set without a language model."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from kka_ray.detectors.genias.source import perturbed
 from kka_ray.detectors.perlin import blended
 from kka_ray.errors import ConfigError, DataError
 
@@ -23,18 +24,21 @@ def make(kind: str, normals: Sequence[np.ndarray], count: int, seed: int) -> lis
     `patch_shuffle`: the 4 x 4 patches of an image in random order. `patch_swap`: 4 of these 16 taken from the same
     places of another normal. `mixup`: two normals, blended with shares of 0.3 to 0.7 (after Zhang et al., ICLR 2018).
     `perlin`: the texture of another normal, its colours changed, blended in where Perlin noise is high (after DRAEM,
-    which takes textures from a data set of its own).
+    which takes textures from a data set of its own). `genias`: changed by perturbed latents of a VAE that is trained on
+    the normals first, which takes a while.
 
     Another normal is brought to the size of the first. Normals are drawn without repeats as long as there are enough.
     Raises ConfigError for another kind, DataError without normals.
     """
-    if kind not in SOURCES:
-        raise ConfigError(f"there is no anomaly source {kind!r}; there are: {', '.join(SOURCES)}")
+    if kind not in KINDS:
+        raise ConfigError(f"there is no anomaly source {kind!r}; there are: {', '.join(KINDS)}")
     if len(normals) == 0:
         raise DataError(f"the anomaly source {kind!r} needs normal images and was given none")
     rng = np.random.default_rng(seed)
     rounds = -(-count // len(normals))
     picked = [int(i) for _ in range(rounds) for i in rng.permutation(len(normals))][:count]
+    if kind == "genias":
+        return perturbed(normals, picked, seed) if picked else []
     return [SOURCES[kind](i, normals, rng) for i in picked]
 
 
@@ -136,3 +140,6 @@ SOURCES: dict[str, Callable[[int, Sequence[np.ndarray], np.random.Generator], np
     "perlin": _perlin,
 }
 """From a kind to its function of a normal's index, all normals and a generator."""
+
+KINDS = (*SOURCES, "genias")
+"""All kinds; a source in `SOURCES` needs no training."""

@@ -35,6 +35,7 @@ ARMS = {
     "patch_swap": "patch swap (control)",
     "mixup": "MixUp (control)",
     "perlin": "Perlin textures (control)",
+    "genias": "GenIAS (control)",
     "outside": "outside images (control)",
     "drawn_normals": "drawn normals (control)",
 }

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from kka_ray.config.models import Control, DetectConfig
 from kka_ray.data.decode import encode_png
+from kka_ray.detectors.genias import source
 from kka_ray.detectors.outside import draw
-from kka_ray.detectors.sources import SOURCES, make
+from kka_ray.detectors.sources import KINDS, SOURCES, make
 from kka_ray.errors import ConfigError, DataError
 from kka_ray.report.wording import ARMS
 
@@ -119,9 +120,23 @@ def test_outside_images_come_from_files_or_parquet_without_repeats(tmp_path):
 
 
 def test_every_control_can_be_made_and_is_named():
-    assert set(get_args(Control)) == {*SOURCES, "outside", "drawn_normals"} <= set(ARMS)
+    assert set(get_args(Control)) == {*KINDS, "outside", "drawn_normals"} <= set(ARMS)
     with pytest.raises(ValidationError, match="detect.outside"):
         DetectConfig(controls=("outside",))
+
+
+def test_genias_changes_normals_of_any_size_and_repeats(monkeypatch):
+    monkeypatch.setattr(source, "_STEPS", 60)
+    rng = np.random.default_rng(0)
+    shapes = [(32, 32, 3), (37, 50, 3), (33, 20)] * 5
+    normals = [np.full(shape, rng.integers(40, 216), np.uint8) for shape in shapes]
+    before = [n.copy() for n in normals]
+    made, again = (make("genias", normals, 15, seed=3) for _ in range(2))
+    assert sorted(m.shape for m in made) == sorted(shapes)
+    assert all(m.dtype == np.uint8 for m in made)
+    assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(normals, before, strict=True))
+    assert sum(np.ptp(m) > 0 for m in made) > 5  # the normals are flat
 
 
 def test_bad_requests_are_refused():
