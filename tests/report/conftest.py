@@ -2,8 +2,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fake_run
 import pytest
+
+from tests.report import fake_run
 
 
 @pytest.fixture
