@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, VllmSampler
@@ -74,6 +75,8 @@ class VllmEngine:
             options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}
         if self._by_lora:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine.max_lora_rank}
+            # By default the output layer has a place for an adapter too, with which log-probabilities of a prompt fail.
+            options["lora_target_modules"] = _linear_layers(self._path, engine.trust_remote_code)
         return options
 
     def load_adapter(self, folder: Path | None) -> None:
@@ -114,7 +117,7 @@ class VllmEngine:
             )
             for line in range(len(requests))
         ]
-        outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        outputs = self._generate(requests, params)
         texts = [output.outputs[0].text for output in outputs]
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
@@ -126,12 +129,8 @@ class VllmEngine:
         rows = [self._tokenizer(c, add_special_tokens=False)["input_ids"] for c in completions]
         heads = [self._tokens(p, len(row) + 1) for p, row in zip(prompts, rows, strict=True)]
         there = [i for i, row in enumerate(rows) if row]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": heads[i] + rows[i]} for i in there],
-            SamplingParams(max_tokens=1, prompt_logprobs=0),
-            use_tqdm=False,
-            lora_request=self._lora,
-        )
+        requests = [{"prompt_token_ids": heads[i] + rows[i]} for i in there]
+        outputs = self._generate(requests, [SamplingParams(max_tokens=1, prompt_logprobs=0)] * len(requests))
         found: list[list[float]] = [[] for _ in rows]
         for i, output in zip(there, outputs, strict=True):
             last = output.prompt_logprobs[len(heads[i]) :]
@@ -147,6 +146,15 @@ class VllmEngine:
         if self._on_gpu and self.engine.sleep_level and not self._asleep:
             self._llm.sleep(level=self.engine.sleep_level)
             self._asleep = True
+
+    def _generate(self, requests: list[Any], params: list[Any]) -> list[Any]:
+        try:
+            return list(self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora))
+        except Exception:
+            # Every later call would wait for the requests that a failed step leaves in the engine.
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _wake(self) -> None:
         if not self._asleep:
@@ -187,3 +195,13 @@ class VllmEngine:
                 f"({self.engine.max_model_len}): raise it, or lower describe.examples"
             )
         return ids
+
+
+def _linear_layers(path: Path, trust_remote_code: bool) -> list[str]:
+    """Names of the linear layers but the output layer: those that PEFT's `all-linear` means."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    output = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    return sorted({name.rpartition(".")[2] for name in linear})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +26,6 @@ PROMPTS = [
     "A list of flowers:\n- a yellow tulip\n-",
 ]
 LINES = [" a red flower with seven long petals\n", " a blue car in the street\n"]
-TOLERANCE = 0.2
-"""Of a token's log-probability, in nats, on average: rounding to bfloat16 does 0.14 here."""
 
 pytestmark = [
     pytest.mark.vllm,
@@ -50,17 +50,31 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Log-probabilities by transformers in float32 of every line after every prompt, and how far bfloat16 is off."""
+
+    log_probs: np.ndarray
+    rounding: float
+
+    def distance(self, log_probs: np.ndarray) -> float:
+        """Mean difference of a token's log-probability, in nats."""
+        return float(np.abs(log_probs - self.log_probs).mean())
+
+
 @pytest.fixture(scope="module")
-def wanted(adapters: list[Path]) -> dict[Path | None, np.ndarray]:
-    """Log-probabilities by transformers in float32: of every line after every prompt, under each policy."""
-    engine = TransformersEngine(DescribeConfig(sampler=TransformersSampler(dtype="float32")))
+def policies(adapters: list[Path]) -> dict[Path | None, Policy]:
+    """The base model's policy and those of the adapters, far enough from each other to be told apart."""
+    exact = TransformersEngine(DescribeConfig(sampler=TransformersSampler(dtype="float32")))
+    rounded = TransformersEngine(DescribeConfig(sampler=TransformersSampler(dtype="bfloat16")))
     found = {}
     for folder in (None, *adapters):
-        engine.load_adapter(folder)
-        found[folder] = all_log_probs(engine)
-    # What is checked below must be told apart by it.
-    assert min(np.abs(found[None] - found[a]).mean() for a in adapters) > 4 * TOLERANCE
-    assert np.abs(found[adapters[0]] - found[adapters[1]]).mean() > 4 * TOLERANCE
+        exact.load_adapter(folder)
+        rounded.load_adapter(folder)
+        values = all_log_probs(exact)
+        found[folder] = Policy(values, float(np.abs(all_log_probs(rounded) - values).mean()))
+    for one, other in itertools.combinations(found.values(), 2):
+        assert one.distance(other.log_probs) > 5 * max(one.rounding, other.rounding)
     return found
 
 
@@ -78,20 +92,31 @@ def all_log_probs(engine: TransformersEngine | EngineProcess) -> np.ndarray:
     return np.array([value for row in rows for value in row])
 
 
+def sample_with(engine: EngineProcess, folder: Path | None) -> None:
+    engine.load_adapter(folder)
+    engine.sample(PROMPTS, 2, 0)
+
+
 def test_the_policy_follows_the_adapter(
-    engine: EngineProcess, adapters: list[Path], wanted: dict[Path | None, np.ndarray]
+    engine: EngineProcess, adapters: list[Path], policies: dict[Path | None, Policy]
 ) -> None:
-    for folder in (None, adapters[0], adapters[1], None, adapters[1], adapters[0]):
-        engine.load_adapter(folder)
+    """vLLM in bfloat16 is about as far from the exact policy as transformers in bfloat16 is."""
+    for folder in (None, adapters[0], adapters[1], None, adapters[0]):
         # Fills the prefix cache with states that the next adapter must not find.
-        engine.sample(PROMPTS, 2, 0)
-        assert np.abs(all_log_probs(engine) - wanted[folder]).mean() < TOLERANCE
+        sample_with(engine, folder)
+        assert policies[folder].distance(all_log_probs(engine)) < 2 * policies[folder].rounding
     engine.load_adapter(None)
 
 
-def test_what_is_written_comes_from_the_adapters_policy(
-    engine: EngineProcess, adapters: list[Path], wanted: dict[Path | None, np.ndarray]
-) -> None:
+def test_an_adapter_that_cannot_be_read_does_not_spoil_the_engine(engine: EngineProcess, tmp_path: Path) -> None:
+    before = engine.log_probs(PROMPTS, LINES)
+    with pytest.raises(Exception, match=str(tmp_path)):
+        sample_with(engine, tmp_path)
+    engine.load_adapter(None)
+    assert engine.log_probs(PROMPTS, LINES) == before
+
+
+def test_what_is_written_comes_from_the_adapters_policy(engine: EngineProcess, adapters: list[Path]) -> None:
     """Lines are likelier under the policy that wrote them than under the other."""
     own = TransformersEngine(DescribeConfig(sampler=TransformersSampler(dtype="float32")))
     means = {}
