@@ -24,13 +24,12 @@ from typing import Any
 import authors_simplenet
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
 from kka_ray import assets, versions
-from kka_ray.config.models import BackboneConfig, Cifar100Data, Detector, PatchCore, SimpleNet
+from kka_ray.config.models import BackboneConfig, Cifar100Data, PatchCore, SimpleNet
 from kka_ray.data import open_data
-from kka_ray.detectors import DETECTORS, build
+from kka_ray.detectors import DETECTORS, build, default
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError
@@ -76,7 +75,7 @@ def scoring(backbone: Backbone, features: Features, images: Sequence[np.ndarray]
     half = len(features) // 2
     with tempfile.TemporaryDirectory() as folder:
         for kind in DETECTORS:
-            config: Detector = TypeAdapter(Detector).validate_python({"kind": kind})
+            config = default(kind)
             parts = [features.take(range(half)), features.take(range(10)), features.take(range(half, len(features)))]
             anomalies = None if build(config).ignores_anomalies else parts[1]
             started = time.perf_counter()

@@ -14,25 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kka_ray.detectors.sources import KINDS
+from kka_ray.report import wording
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_ARMS = {
-    "baseline": "normals only",
-    "zeroth": "zero-th",
-    "kka": "KKA",
-    "noise": "noise",
-    "cutpaste": "CutPaste",
-    "blur": "blur",
-    "patch_shuffle": "patch shuffle",
-    "patch_swap": "patch swap",
-    "mixup": "MixUp",
-    "perlin": "Perlin",
-    "genias": "GenIAS",
-    "outside": "outside images",
-    "drawn_normals": "drawn normals",
-}
+_ARMS = {name: words.removesuffix(" (control)") for name, words in wording.ARMS.items()}
 
 _RATIOS = {
     "captions_over_reference": ("captions, over one prompt at a time without a cache", "≥", 30.0),
@@ -49,10 +38,7 @@ _RATIOS = {
 
 _SOURCES = {
     "none": "normals only",
-    **{
-        name: _ARMS[name]
-        for name in ("noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "genias")
-    },
+    **{name: _ARMS[name] for name in KINDS},
     "cifar10": "real (CIFAR-10)",
 }
 

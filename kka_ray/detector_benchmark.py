@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from kka_ray import versions
 from kka_ray.config.models import (
     BackboneConfig,
     Cifar100Data,
     Data,
-    Detector,
     MagneticTileData,
     Oxford102Data,
     UcmData,
 )
 from kka_ray.data import open_data
 from kka_ray.data.base import DataModule, ImageSet, content_hash
-from kka_ray.detectors import DETECTORS, build, outside
+from kka_ray.detectors import DETECTORS, build, default, outside
 from kka_ray.detectors.sources import KINDS, make
 from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.errors import ConfigError
@@ -169,7 +167,7 @@ def _measure_seed(
         images = _anomalies(source, normals.train.images, count, seed, folder)
         anomalies = bank.features(bare(images)) if images else None
         for detector in [d for d, s, _ in missing if s == source]:
-            config: Detector = TypeAdapter(Detector).validate_python({"kind": detector})
+            config = default(detector)
             started = time.perf_counter()
             tuned = TunedDetector.fit(config, bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES)
             seconds = time.perf_counter() - started
@@ -192,7 +190,7 @@ def _measure_seed(
 
 
 def _fits(detector: str, source: str) -> bool:
-    made = build(TypeAdapter(Detector).validate_python({"kind": detector}))
+    made = build(default(detector))
     return not made.needs_anomalies if source == NONE else not made.ignores_anomalies
 
 

@@ -3,6 +3,7 @@ language model, over several seeds. Test images are opened here and nowhere else
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,7 +29,6 @@ from kka_ray.prepare import (
     Prepared,
     bare,
     extract,
-    extract_images,
     extract_output,
     feature_inputs,
     test_set,
@@ -162,15 +162,13 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
         if ids:
             arms.append(_drawn_arm(config, store, prepared, loop, name, ids))
     for kind in config.detect.controls if kept else ():
-        if kind == "drawn_normals":
-            ids = loop.normals.ids[: len(kept)]
-            images, features = loop.normals.images[: len(ids)], loop.normals.features.take(range(len(ids)))
-        else:
-            ids = [str(i) for i in range(len(kept))]
+        if kind != "drawn_normals":
             images = _control_images(config, prepared, kind, len(kept))
-            features = extract_images(store, prepared.backbone, images, prepared.patches)
-        if ids:
-            arms.append(_arm(config, store, prepared, kind, ids, images, features))
+            arms.append(_arm(config, store, prepared, kind, images, _extracted(store, prepared, bare(images))))
+        elif loop.normals.ids:
+            ids = loop.normals.ids[: len(kept)]
+            key = _put(store, prepared, loop.normals.features.take(range(len(ids))), kind, ids)
+            arms.append(_arm(config, store, prepared, kind, loop.normals.images[: len(ids)], key))
     return arms
 
 
@@ -182,7 +180,8 @@ def _control_images(config: RunConfig, prepared: Prepared, kind: str, count: int
 
 
 def _drawn_arm(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, name: str, ids: list[str]) -> Arm:
-    arm = _arm(config, store, prepared, name, ids, loop.images(ids), loop.features(ids))
+    key = _put(store, prepared, loop.features(ids), name, ids)
+    arm = _arm(config, store, prepared, name, loop.images(ids), key)
     return replace(arm, weights=verdict_weights(config.detect.weights, ids, loop.verdicts))
 
 
@@ -199,12 +198,10 @@ def _arm(
     store: Store,
     prepared: Prepared,
     name: str,
-    ids: list[str],
     images: Sequence[np.ndarray],
-    features: Features,
+    features: str,
 ) -> Arm:
-    key = _put(store, prepared, features, name, ids)
-    return Arm(name, len(ids), key, _put_views(config, store, prepared, images, config.detect.views))
+    return Arm(name, len(images), features, _put_views(config, store, prepared, images, config.detect.views))
 
 
 def _put_views(
@@ -213,14 +210,16 @@ def _put_views(
     """Stores the features of `count` views of each image; None for none."""
     if count == 0:
         return None
-    made = bare(views.views(images, count, config.seed))
-    return extract_output(store, prepared.backbone, made, prepared.patches).key
+    return _extracted(store, prepared, bare(views.views(images, count, config.seed)))
+
+
+def _extracted(store: Store, prepared: Prepared, images: ImageSet) -> str:
+    """Key of the features of images, which are computed if they are not in the store."""
+    return extract_output(store, prepared.backbone, images, prepared.patches).key
 
 
 def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: list[str]) -> str:
-    """Stores a set's features under a key of their own content."""
-    import hashlib
-
+    """Stores the features of a set that was put together of several outputs, under a key of their own content."""
     inputs = feature_inputs(prepared.backbone.config, prepared.backbone.identity, prepared.patches) | {
         "set": ids,
         "pooled": hashlib.sha256(features.pooled.tobytes()).hexdigest(),
@@ -236,12 +235,11 @@ def _wanted(config: Detector, arm: Arm) -> bool:
 
 def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:
     """Keys of the features of the training normals, for arms with real and for arms with drawn anomalies."""
-    ids = list(prepared.normals.train.ids)
-    real = _put(store, prepared, prepared.train, "train", ids)
+    real = _extracted(store, prepared, prepared.normals.train)
     if not (config.detect.drawn_normals and loop.normals.ids):
         return real, real
     both = Features.join([prepared.train, loop.normals.features])
-    return real, _put(store, prepared, both, "train", ids + loop.normals.ids)
+    return real, _put(store, prepared, both, "train", [*prepared.normals.train.ids, *loop.normals.ids])
 
 
 def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies: int) -> str | None:
@@ -257,7 +255,7 @@ def _fit_all(
 ) -> dict[tuple[str, str, int], str]:
     real_key, drawn_key = _train_keys(config, store, prepared, loop)
     normal_views = _normal_views(config, store, prepared, max(arm.count for arm in arms))
-    validation_key = _put(store, prepared, prepared.validation, "validation", list(prepared.normals.validation.ids))
+    validation_key = _extracted(store, prepared, prepared.normals.validation)
     fits: dict[tuple[str, str, int], str] = {}
     missing: list[dict[str, Any]] = []
     for detector in config.detect.detectors:

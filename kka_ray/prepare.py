@@ -21,7 +21,7 @@ from kka_ray.features.pixels import SIDE
 from kka_ray.store import Attempt, Output, Store
 
 FEATURES_VERSION = 3
-FLOWERS_VERSION = 1
+FLOWERS_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kka_ray.features.backbone import Backbone
     from kka_ray.render.renderer import DrawError, Renderer
 
-SAMPLE_VERSION = 6
+SAMPLE_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True)

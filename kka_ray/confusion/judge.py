@@ -93,9 +93,7 @@ def rows(config: ConfusionConfig, features: Features) -> np.ndarray:
     """
     if not (isinstance(config.evaluator, DeepSad) and config.evaluator.input == "pixels"):
         return features.pooled
-    if features.pixels is None:
-        raise ValueError("the evaluator reads pixels: extract with pixels=True")
-    return features.pixels
+    return features.need_pixels("the evaluator")
 
 
 def fold_of(id_: str, text: str, folds: int) -> int:

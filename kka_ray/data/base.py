@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -64,6 +65,10 @@ class DataModule(ABC):
 
     normal_terms: tuple[str, ...]
     """Names of the normal class and their synonyms, for the guard; empty where normals differ by attributes only."""
+
+    test_dropped: Mapping[str, int] = MappingProxyType({})
+    """Test images left out, by reason: `duplicate` (of a normal image) and, of files, `unreadable` and `too_large`.
+    Filled by `test`."""
 
     @abstractmethod
     def normals(self) -> Normals:

@@ -79,8 +79,6 @@ class Cifar100Module(DataModule):
         self.subject = _words(config.superclass)
         names = tuple(_words(n) for n in SUPERCLASSES[config.superclass])
         self.normal_terms = names + SYNONYMS.get(config.superclass, ())
-        self.test_dropped: dict[str, int] = {}
-        """Test images left out because they are among the normals too, by reason; filled by `test`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`. Raises DataError as well if a train file is missing or damaged."""

@@ -24,8 +24,6 @@ class FlowersModule(DataModule):
     def __init__(self, config: FlowersData, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.test_dropped: dict[str, int] = {}
-        """Test images left out because they are among the normals too, by reason; filled by `test`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`."""

@@ -62,8 +62,6 @@ class FolderModule(DataModule):
         self.normal_terms = (without_article(self.subject),)
         self.skipped: list[tuple[str, str]] = []
         """Files that could not be used, relative to the folder, each with the reason; filled as splits are read."""
-        self.test_dropped: dict[str, int] = {}
-        """Test files left out, by reason: `duplicate` (of a normal image), `unreadable`, `too_large`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`. Raises DataError as well if there is no image, none can be read, or the captions

@@ -48,8 +48,6 @@ class MagneticTileModule(DataModule):
             )
         self.config = config
         self.seed = seed
-        self.test_dropped: dict[str, int] = {}
-        """Test images left out because they are among the normals too, by reason; filled by `test`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`."""

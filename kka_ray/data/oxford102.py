@@ -55,8 +55,6 @@ class Oxford102Module(DataModule):
         name = rows[0]["class_name"]
         self.subject = f"{name} flowers"
         self.normal_terms = (name, *SYNONYMS.get(config.label, ()))
-        self.test_dropped: dict[str, int] = {}
-        """Test images left out because they are among the normals too, by reason; filled by `test`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`."""

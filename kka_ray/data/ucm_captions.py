@@ -69,8 +69,6 @@ class UcmCaptionsModule(DataModule):
         self.seed = seed
         self.subject = "aerial views of " + " and ".join(CLASSES[n][0] for n in config.labels)
         self.normal_terms = tuple(term for n in config.labels for term in CLASSES[n][1])
-        self.test_dropped: dict[str, int] = {}
-        """Test images left out because they are among the normals too, by reason; filled by `test`."""
 
     def normals(self) -> Normals:
         """See `DataModule.normals`. Reads the official train split only."""

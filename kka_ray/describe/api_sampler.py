@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from kka_ray.config.models import ApiSampler, DescribeConfig
+from kka_ray.describe.sampler import mixed
 from kka_ray.errors import ConfigError, StageError
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class ApiEngine:
                 "stop": ["\n"],
             }
             if self.engine.seeds:
-                body["seed"] = (seed * 1_000_003 + number) % 2**31
+                body["seed"] = mixed(seed, number) % 2**31
             choices = self._request(body, count)
             return [c["text"] + ("\n" if c.get("finish_reason") == "stop" else "") for c in choices]
 

@@ -46,6 +46,11 @@ def build_sampler(config: DescribeConfig, device: str = "cpu") -> Sampler:
     return TransformersEngine(config, device)
 
 
+def mixed(seed: int, number: int) -> int:
+    """A seed, 63 bits, of the `number`-th of the things that are drawn with `seed`."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 def model_identity(sampler: TransformersSampler | VllmSampler | ApiSampler) -> str:
     """Changes whenever the model's weights do, as far as that can be known: of an API only its address and name are."""
     if isinstance(sampler, ApiSampler):

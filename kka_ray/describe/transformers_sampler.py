@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, TransformersSampler
 from kka_ray.describe.lora import merged_weights
+from kka_ray.describe.sampler import mixed
 from kka_ray.features.device import compute_dtype
 
 
@@ -71,7 +72,7 @@ class TransformersEngine:
         out: list[list[str]] = [[] for _ in prompts]
         for start in range(0, len(prompts), per_batch):
             part = order[start : start + per_batch]
-            generator = torch.Generator().manual_seed(_mix(seed, start))
+            generator = torch.Generator().manual_seed(mixed(seed, start))
             for i, lines in zip(part, self._sample_batch([prompts[i] for i in part], count, generator), strict=True):
                 out[i] = lines
         return out
@@ -160,10 +161,6 @@ class TransformersEngine:
         ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
         ends[self.tokenizer.eos_token_id] = True
         return ends.to(self.device)
-
-
-def _mix(seed: int, offset: int) -> int:
-    return (seed * 1_000_003 + offset) % (2**63)
 
 
 def _nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:

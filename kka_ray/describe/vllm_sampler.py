@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, VllmSampler
 from kka_ray.describe.lora import merged_weights
+from kka_ray.describe.sampler import mixed
 from kka_ray.errors import StageError
 from kka_ray.features.device import compute_dtype
 
@@ -113,7 +114,7 @@ class VllmEngine:
                 max_tokens=config.max_tokens,
                 stop=["\n"],
                 include_stop_str_in_output=True,
-                seed=(seed * 1_000_003 + line) % 2**63,
+                seed=mixed(seed, line),
             )
             for line in range(len(requests))
         ]

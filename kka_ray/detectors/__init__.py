@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.detectors.base import Detector
 from kka_ray.detectors.beatgan import BeatGanDetector
@@ -35,6 +37,11 @@ DETECTORS: dict[str, Callable[[Any], Detector]] = {
     "ae_svdd": AeSvddDetector,
 }
 """From a configuration's `kind` to the class that it configures."""
+
+
+def default(kind: str) -> DetectorConfig:
+    """The configuration of a kind of detector, everything else by default."""
+    return TypeAdapter(DetectorConfig).validate_python({"kind": kind})
 
 
 def build(config: DetectorConfig) -> Detector:

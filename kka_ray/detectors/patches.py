@@ -43,6 +43,11 @@ class Fusion:
         """From both scores (N,) of the validation normals."""
         return cls(Robust.of(patch), Robust.of(image))
 
+    @classmethod
+    def restore(cls, values: dict[str, dict[str, float]] | None) -> Self | None:
+        """Of what `dataclasses.asdict` makes of one; None of None."""
+        return cls(**{name: Robust(**scale) for name, scale in values.items()}) if values else None
+
     def __call__(self, patch: np.ndarray, image: np.ndarray, weight: float) -> np.ndarray:
         """z(patch) + weight z(image), float32 (N,)."""
         return (self.patch(patch) + weight * self.image(image)).astype(np.float32)

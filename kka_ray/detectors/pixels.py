@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +25,12 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def pixel_tensor(features: Features, detector: str) -> Tensor:
     """The images as float32 (N, 3, 32, 32) in -1..1. Raises ValueError, naming the detector, if there are none."""
-    if features.pixels is None:
-        raise ValueError(f"{detector} reads pixels: extract with pixels=True")
-    return torch.from_numpy(features.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return image_tensor(features.need_pixels(detector))
+
+
+def image_tensor(pixels: np.ndarray) -> Tensor:
+    """Images uint8 (N, 32, 32, 3) as float32 (N, 3, 32, 32) in -1..1."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from kka_ray.encoders.state import part
+
 
 class Training:
-    """Gradient steps in one process, without checkpoints. `kka_ray.cluster.shards` shares and keeps them.
+    """Gradient steps in one process, without checkpoints. `kka_ray.cluster.fits` shares and keeps them.
 
     Every worker draws the same batches from the same generator, computes the gradients of its `rows` of each, divided
     by the size of the whole batch, and adds them to those of the others. So the number of workers changes no more than
@@ -87,7 +89,7 @@ def _restore(
     tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> int:
     """Puts a checkpoint in place and returns the number of its epochs."""
-    module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
+    module.load_state_dict(part(tensors, "module"))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

@@ -25,7 +25,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
-VERSION = 16
+VERSION = 17
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kka_ray.encoders import networks
+from kka_ray.encoders.state import part
 from kka_ray.encoders.whitening import Whitening
 
 _SCORING_BATCH = 1024
@@ -90,8 +91,7 @@ class Hypersphere:
             mean, projection = tensors["whitening.mean"].numpy(), tensors["whitening.projection"].numpy()
             self.whitening, inputs = Whitening(mean, projection), projection.shape[1]
         self._build(inputs, torch.Generator())
-        own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
-        self.encoder.load_state_dict(own)
+        self.encoder.load_state_dict(part(tensors, "encoder"))
         self.centre = tensors["centre"]
 
     def _build(self, inputs: int, generator: torch.Generator) -> None:

@@ -32,6 +32,12 @@ class Features:
     def __len__(self) -> int:
         return len(self.pooled)
 
+    def need_pixels(self, reader: str) -> np.ndarray:
+        """`pixels`. Raises ValueError, naming who reads them, if there are none."""
+        if self.pixels is None:
+            raise ValueError(f"{reader} reads pixels: extract with pixels=True")
+        return self.pixels
+
     def with_views(self) -> Features:
         """The images followed by their views."""
         if self.views is None:

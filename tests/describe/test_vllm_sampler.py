@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from kka_ray.config.models import DescribeConfig, TransformersSampler, VllmSampl
 from kka_ray.describe.transformers_sampler import TransformersEngine
 from kka_ray.errors import StageError
 from tests.describe.engine_process import EngineProcess, engine_process
+from tests.needs import VLLM
 
 MODEL = "builtin:smollm2-135m-instruct"
 PROMPTS = [
@@ -28,8 +28,7 @@ PROMPTS = [
 LINES = [" a red flower with seven long petals\n", " a blue car in the street\n"]
 
 pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: run `make test-vllm`"),
+    *VLLM,
     pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
 ]
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -20,14 +19,14 @@ from kka_ray.config.models import ApiSampler, DescribeConfig, TransformersSample
 from kka_ray.describe.api_sampler import ApiEngine
 from kka_ray.describe.transformers_sampler import TransformersEngine
 from kka_ray.errors import StageError
+from tests.needs import VLLM
 
 MODEL = "builtin:smollm2-135m-instruct"
 PROMPTS = ["A list of flowers:\n- a white flower\n- a pink flower\n-", "A list of flowers:\n- a yellow tulip\n-"]
 LINES = [" a red flower with seven long petals\n", " a blue car in the street\n"]
 
 pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: run `make test-vllm`"),
+    *VLLM,
     pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
 ]
 

@@ -4,17 +4,16 @@ import json
 import os
 import signal
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.tiny_run import finish, models_are_missing, start
+from tests.needs import VLLM
 
 pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: run `make test-vllm`"),
+    *VLLM,
     pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`"),
 ]
 OVERRIDES = (

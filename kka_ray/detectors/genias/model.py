@@ -17,6 +17,7 @@ from kka_ray.detectors.genias.generator import Generator, fit_generator, new_gen
 from kka_ray.detectors.genias.loss import squared_error
 from kka_ray.detectors.pixels import ConvEncoder, PixelSets, jittered, pixel_tensor, seeded
 from kka_ray.detectors.training import train
+from kka_ray.encoders.state import part
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
@@ -40,7 +41,7 @@ class GenIasDetector(Detector):
         sets = PixelSets.of(normals, anomalies, "GenIAS")
         self._generator = fit_generator(pixel_tensor(normals, "GenIAS"), self.config, seed, random, self.training)
         self._fit_classifier(self._generator, sets, seed + 1, random)
-        self._scales = {name: Robust.of(part) for name, part in self._parts(validation).items()}
+        self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
 
     def _fit_classifier(self, generator: Generator, sets: PixelSets, seed: int, random: torch.Generator) -> None:
         config, model = self.config, self._new_classifier(seed)
@@ -54,8 +55,8 @@ class GenIasDetector(Detector):
                 loss = (F.softplus(model(real[own])) + F.softplus(-model(made[own]))).sum() / len(rows)
                 odd, weights = sets.draw(config.batch, random)
                 if len(odd):
-                    part = self.training.rows(len(odd))
-                    against = (weights[part] * F.softplus(-model(odd[part])).squeeze(1)).sum() / len(odd)
+                    share = self.training.rows(len(odd))
+                    against = (weights[share] * F.softplus(-model(odd[share])).squeeze(1)).sum() / len(odd)
                     loss = loss + config.anomaly_weight * against
                 loss.backward()
                 step()
@@ -74,7 +75,7 @@ class GenIasDetector(Detector):
     def heatmap(self, features: Features) -> np.ndarray:
         """Squared error of each pixel's reconstruction, averaged over colours, float32 (N, 32, 32)."""
         x = pixel_tensor(features, "GenIAS").split(_CHUNK)
-        return torch.cat([(part - self._generator.reconstruct(part)).square().mean(1) for part in x]).numpy()
+        return torch.cat([(rows - self._generator.reconstruct(rows)).square().mean(1) for rows in x]).numpy()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"classifier.{name}": value for name, value in self._classifier.state_dict().items()}
@@ -83,8 +84,7 @@ class GenIasDetector(Detector):
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         for name, module in (("classifier", self._classifier), ("generator", self._generator)):
-            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            module.load_state_dict(own)
+            module.load_state_dict(part(tensors, name))
             module.eval().requires_grad_(False)
         self._scales = {name: Robust(**scale) for name, scale in values["scales"].items()}
         return self
@@ -93,8 +93,8 @@ class GenIasDetector(Detector):
     def _parts(self, features: Features) -> dict[str, np.ndarray]:
         x = pixel_tensor(features, "GenIAS").split(_CHUNK)
         return {
-            "logit": torch.cat([self._classifier(part).squeeze(1) for part in x]).numpy(),
-            "error": torch.cat([squared_error(part, self._generator.reconstruct(part)) for part in x]).numpy(),
+            "logit": torch.cat([self._classifier(rows).squeeze(1) for rows in x]).numpy(),
+            "error": torch.cat([squared_error(rows, self._generator.reconstruct(rows)) for rows in x]).numpy(),
         }
 
     def _new_classifier(self, seed: int) -> ConvEncoder:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from kka_ray.config.models import GenIas
 from kka_ray.detectors.genias.generator import fit_generator
+from kka_ray.detectors.pixels import image_tensor
 from kka_ray.features.pixels import pixels
 
 _STEPS = 300
@@ -24,7 +25,7 @@ def perturbed(normals: Sequence[np.ndarray], picked: Sequence[int], seed: int) -
     The change is brought to the size of the image, so that what does not change stays sharp.
     """
     random = torch.Generator().manual_seed(seed)
-    x = torch.from_numpy(pixels(normals)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = image_tensor(pixels(normals))
     config = GenIas(kind="genias")
     epochs = max(config.generator_epochs, math.ceil(_STEPS / math.ceil(len(x) / config.batch)))
     generator = fit_generator(x, config.model_copy(update={"generator_epochs": epochs}), seed, random)

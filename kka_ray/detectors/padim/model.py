@@ -15,7 +15,6 @@ from kka_ray.detectors.mahalanobis.gaussian import moments, shrunk_factor
 from kka_ray.detectors.mahalanobis.model import MahalanobisDetector
 from kka_ray.detectors.patches import Fusion, on_grid, patch_rows
 from kka_ray.features.base import Features
-from kka_ray.features.robust import Robust
 
 _CHUNK = 128  # images
 
@@ -74,8 +73,7 @@ class PadimDetector(Detector):
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         self._channels, self._mean, self._whitening = tensors["channels"], tensors["mean"], tensors["whitening"]
         self._image.restore({"mean": tensors["image.mean"], "factor": tensors["image.factor"]}, {})
-        scales = values["fusion"]
-        self._fusion = Fusion(**{name: Robust(**s) for name, s in scales.items()}) if scales else None
+        self._fusion = Fusion.restore(values["fusion"])
         return self
 
     def _patch_scores(self, features: Features) -> np.ndarray:

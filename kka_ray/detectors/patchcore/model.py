@@ -15,7 +15,6 @@ from kka_ray.detectors.knn.model import distances
 from kka_ray.detectors.patchcore.coreset import greedy_centers, project
 from kka_ray.detectors.patches import Fusion, on_grid, patch_rows
 from kka_ray.features.base import Features
-from kka_ray.features.robust import Robust
 
 _CHUNK = 64  # images
 
@@ -70,8 +69,7 @@ class PatchCoreDetector(Detector):
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         self._memory, self._around, self._normals = tensors["memory"], tensors["around"], tensors["normals"]
-        scales = values["fusion"]
-        self._fusion = Fusion(**{name: Robust(**s) for name, s in scales.items()}) if scales else None
+        self._fusion = Fusion.restore(values["fusion"])
         return self
 
     def _image_scores(self, features: Features) -> np.ndarray:

@@ -15,6 +15,7 @@ from kka_ray.detectors.base import Detector
 from kka_ray.detectors.patches import on_grid, patch_rows
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.training import train
+from kka_ray.encoders.state import part
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
 
@@ -98,7 +99,7 @@ class SimpleNetDetector(Detector):
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         for name in ("image", "patch"):
-            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            own = part(tensors, name)
             branch = self._new_branch(len(own["mean"]))
             branch.load_state_dict(own)
             self._branches[name] = branch.requires_grad_(False)

@@ -16,6 +16,7 @@ from kka_ray.detectors.base import Detector
 from kka_ray.detectors.pixels import ConvDecoder, ConvEncoder, jittered, pixel_tensor, seeded
 from kka_ray.detectors.simplenet.model import SimpleNetDetector
 from kka_ray.detectors.training import train
+from kka_ray.encoders.state import part
 from kka_ray.features.base import Features
 
 _CHUNK = 256
@@ -51,8 +52,7 @@ class PixelSimpleNetDetector(Detector):
         return tensors | {f"encoder.{k}": v for k, v in self._encoder.state_dict().items()}, values
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
-        own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
-        self._encoder.load_state_dict(own)
+        self._encoder.load_state_dict(part(tensors, "encoder"))
         self._encoder.eval().requires_grad_(False)
         self._head.restore({k: v for k, v in tensors.items() if not k.startswith("encoder.")}, values)
         return self
@@ -81,8 +81,8 @@ class PixelSimpleNetDetector(Detector):
     def _map(self, features: Features) -> Features:
         """The encoder's maps in the place of a backbone's: the last one pooled, the first two as patches of 8 x 8."""
         pooled, grids = [], []
-        for part in pixel_tensor(features, "SimpleNet").split(_CHUNK):
-            first, second, last = self._encoder.maps(part)
+        for rows in pixel_tensor(features, "SimpleNet").split(_CHUNK):
+            first, second, last = self._encoder.maps(rows)
             pooled.append(F.normalize(last.mean((2, 3)), dim=1))
             maps = [F.avg_pool2d(m, 3, 1, 1, count_include_pad=False) for m in (F.avg_pool2d(first, 2), second)]
             grids.append(torch.cat(maps, 1).permute(0, 2, 3, 1).half())

@@ -142,9 +142,7 @@ class HypersphereDetector(Detector):
     def _rows(self, features: Features) -> np.ndarray:
         if not self.needs_pixels:
             return features.pooled
-        if features.pixels is None:
-            raise ValueError(f"the detector {self._settings.kind} reads pixels: extract with pixels=True")
-        return features.pixels
+        return features.need_pixels(f"the detector {self._settings.kind}")
 
     def _distance(self, z: Tensor) -> Tensor:
         """Squared distances in units of those before training."""
