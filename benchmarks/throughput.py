@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import captions, pools
+from benchmarks import captions, pools, preference
 from kka_ray.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "throughput.json"
@@ -29,6 +29,7 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "captions_over_generate_float32": captions.captions_over_generate_float32,
     "captions_over_generate_bf16": captions.captions_over_generate_bf16,
     "vllm_over_transformers": captions.vllm_over_transformers,
+    "dpo_over_trl": preference.dpo_over_trl,
 }
 ELSEWHERE = ("vllm_over_transformers",)
 """Rows that want the environment of `make setup-vllm`."""

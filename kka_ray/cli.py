@@ -247,11 +247,10 @@ def _say(text: str) -> None:
 def train_renderer(config: ConfigFile, override: Override = None) -> None:
     """Trains the built-in text-to-image network from scratch. The same command goes on after an interruption."""
     from kka_ray.cluster.renderer import train_renderer as launch
-    from kka_ray.config.models import ClusterConfig
     from kka_ray.config.renderer import RendererConfig
 
     resolved = load(config, RendererConfig, override or ())
-    pipeline = launch(resolved, ClusterConfig(), lambda text: console.print(text, highlight=False, soft_wrap=True))
+    pipeline = launch(resolved, _say)
     console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
 
 
@@ -263,11 +262,10 @@ def finish_renderer(
 ) -> None:
     """Makes good weights from the last checkpoint of a training, which itself stays as it is and can go on."""
     from kka_ray.cluster.renderer import finish_renderer as launch
-    from kka_ray.config.models import ClusterConfig
     from kka_ray.config.renderer import RendererConfig
 
     resolved = load(config, RendererConfig, override or ())
-    pipeline = launch(resolved, ClusterConfig(), steps, _say)
+    pipeline = launch(resolved, steps, _say)
     console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kka_ray.report.wording import ARMS
 
 if TYPE_CHECKING:
     from kka_ray.cluster.estimate import Estimate
@@ -142,7 +145,7 @@ def _signed(value: float | None) -> str:
 
 
 def _rounds(summary: dict[str, Any]) -> Table:
-    table = Table(title="rounds")
+    table = Table(title="rounds", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in ("round", "lines", "drawn", "hard", "easy", "normal-like", "hard rate", "diversity", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
     for i, r in enumerate(summary["rounds"]):
@@ -161,16 +164,16 @@ def _rounds(summary: dict[str, Any]) -> Table:
 
 
 def _detectors(summary: dict[str, Any]) -> Table:
-    arms = [a for a in ("baseline", "zeroth", "kka") if any(a in v for v in summary["detectors"].values())]
-    arms += sorted({a for v in summary["detectors"].values() for a in v} - set(arms))
-    titles = {"baseline": "baseline", "zeroth": "zero-th iteration", "kka": "KKA"}
-    table = Table(title="AUC on the test images, mean ± std over seeds")
-    table.add_column("detector")
-    for arm in arms:
-        table.add_column(titles.get(arm, arm), justify="right")
-    for kind, row in summary["detectors"].items():
-        mark = " *" if kind == summary["detector"] else ""
-        cells = [f"{row[a]['mean']:.4f} ± {row[a]['std']:.4f}" if a in row else "" for a in arms]
-        table.add_row(kind + mark, *cells)
-    table.caption = "* the headline detector, which is served"
+    """A row a set of anomalies and a column a detector: there are few detectors, and a terminal is narrow."""
+    detectors = summary["detectors"]
+    given = {arm for row in detectors.values() for arm in row}
+    title = "AUC on the test images, mean ± std over seeds"
+    table = Table(title=title, caption="* the headline detector, served", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("anomalies")
+    for kind in detectors:
+        table.add_column(kind + (" *" if kind == summary["detector"] else ""), justify="right", no_wrap=True)
+    for arm in [*(a for a in ARMS if a in given), *sorted(given - set(ARMS))]:
+        cells = (row.get(arm) for row in detectors.values())
+        words = f"baseline ({ARMS[arm]})" if arm == "baseline" else ARMS.get(arm, arm)
+        table.add_row(words, *(f"{c['mean']:.4f} ± {c['std']:.4f}" if c else "" for c in cells))
     return table

@@ -71,6 +71,22 @@ def start_run(
     return str(run)
 
 
+def log_metrics(uri: str, run: str, metrics: Mapping[str, float], step: int) -> None:
+    """Adds metrics at a step to an open run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    for key, value in metrics.items():
+        client.log_metric(run, key, float(value), step=step)
+
+
+def log_artifact(uri: str, run: str, file: Path, folder: str) -> None:
+    """Adds a file to an open run, under `folder`."""
+    from mlflow import MlflowClient
+
+    MlflowClient(uri).log_artifact(run, str(file), folder)
+
+
 def end_run(
     uri: str, run: str, metrics: Mapping[str, float], *, failed: bool = False, artifacts: Sequence[Path] = ()
 ) -> None:

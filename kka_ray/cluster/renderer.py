@@ -8,42 +8,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kka_ray import tracking
 from kka_ray.cluster import train
 from kka_ray.cluster.session import session
 from kka_ray.config.loading import dump
-from kka_ray.config.models import BackboneConfig, ClusterConfig
+from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.errors import ConfigError, StageError
 from kka_ray.files import write_text
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from kka_ray.render.training import TrainingData
+    from kka_ray.render.transformer import FlowTransformer
 
 _LOG = "training.jsonl"
+_RUN = "mlflow_run"
 _DATA = "data.safetensors"
 _DATA_FORMAT = 2
 """Raised when other data would be made of the same configuration."""
 
 
-def train_renderer(config: RendererConfig, cluster: ClusterConfig, say: Callable[[str], None]) -> Path:
+def train_renderer(config: RendererConfig, say: Callable[[str], None]) -> Path:
     """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
 
-    Checkpoints, a line of `training.jsonl` every 50 steps and `config.yaml` lie in OUTPUT/NAME; the same command, or
-    one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted training.
+    Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples and `config.yaml` lie in OUTPUT/NAME; the
+    same command, or one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted
+    training. Metrics and grids go to MLflow as well.
     """
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
-    with session(cluster):
-        train.run("renderer", renderer_worker, {"config": config, "folder": str(folder)}, config.workers, cluster)
+    with session(config.cluster):
+        arguments = {"config": config, "folder": str(folder)}
+        train.run("renderer", renderer_worker, arguments, config.workers, config.cluster)
     pipeline = folder / "pipeline"
     if not (pipeline / "model_index.json").is_file():
         raise StageError(f"the training ended without a pipeline in {pipeline}")
     return pipeline
 
 
-def finish_renderer(config: RendererConfig, cluster: ClusterConfig, steps: int, say: Callable[[str], None]) -> Path:
+def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], None]) -> Path:
     """Good weights from a training that need not have ended; returns the folder of the diffusers pipeline.
 
     A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
@@ -69,7 +76,7 @@ def finish_renderer(config: RendererConfig, cluster: ClusterConfig, steps: int, 
         if not (target / name).exists():
             # Linked, not copied: both files are replaced as a whole, never written into.
             os.link(folder / name, target / name)
-    return train_renderer(branch, cluster, say)
+    return train_renderer(branch, say)
 
 
 def renderer_worker(arguments: dict[str, Any]) -> None:
@@ -78,13 +85,13 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
 
     from kka_ray.features.backbone import Backbone
     from kka_ray.render.domain import save_reference
-    from kka_ray.render.export import export_pipeline
+    from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
     from kka_ray.render.transformer import FlowTransformer
 
     config, folder = arguments["config"], Path(arguments["folder"])
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(arguments["threads"])
     rank, world = train.rank()
     if rank == 0:
         _data(config, folder)
@@ -92,21 +99,62 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         torch.distributed.barrier()
     data = _data(config, folder)
     torch.manual_seed(config.training.seed)
-    network = FlowTransformer(**config.network.model_dump())
+    device = train.device(config.cluster)
+    network = FlowTransformer(**config.network.model_dump()).to(device)
     trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
-    def report(row: dict[str, float]) -> None:
-        if rank == 0:
-            with (folder / _LOG).open("a") as log:
-                log.write(json.dumps(row) + "\n")
+    track = _Track(config, folder) if rank == 0 else None
 
-    average = train_network(trainer, data, folder / "checkpoint", report, forward)
-    if rank == 0:
+    def report(row: dict[str, float]) -> None:
+        if track:
+            track.metrics(row)
+
+    def sample(average: FlowTransformer, step: int) -> None:
+        assert track
+        track.picture(draw_samples(average, config.samples), step)
+
+    checkpoints = folder / "checkpoint"
+    every = config.samples_every
+    average = train_network(trainer, data, checkpoints, report, forward, sample if config.samples else None, every)
+    if track:
+        track.end()
         card = _card(config, sum(p.numel() for p in network.parameters()))
         target = export_pipeline(average, folder / "pipeline", card)
         backbone = Backbone.load(BackboneConfig())
         save_reference(target, backbone.extract(list(data.images[:256]), False).pooled, backbone.identity)
+
+
+class _Track:
+    """A training's metrics and samples, in its folder and in one MLflow run that a resumed training goes on with."""
+
+    def __init__(self, config: RendererConfig, folder: Path) -> None:
+        self.folder = folder
+        output = folder.parent
+        self._uri = config.tracking.uri or tracking.default_uri(output)
+        known = folder / _RUN
+        if not known.is_file():
+            values = dict(tracking.flatten(config.model_dump(mode="json", exclude={"cluster", "tracking"})))
+            run = tracking.start_run(self._uri, config.tracking.experiment, config.name, values, output=output)
+            write_text(known, run)
+        self._run = known.read_text()
+
+    def metrics(self, row: dict[str, float]) -> None:
+        """Adds a row to the log; `step` is one of its values."""
+        with (self.folder / _LOG).open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        tracking.log_metrics(self._uri, self._run, row, int(row["step"]))
+
+    def picture(self, picture: Image, step: int) -> None:
+        """Keeps a grid of samples."""
+        path = self.folder / "samples" / f"{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        tracking.log_artifact(self._uri, self._run, path, "samples")
+
+    def end(self) -> None:
+        """Closes the MLflow run."""
+        tracking.end_run(self._uri, self._run, {})
 
 
 def _data(config: RendererConfig, folder: Path) -> TrainingData:

@@ -8,7 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.exceptions import RayActorError
@@ -19,6 +19,9 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
 from kka_ray.errors import KkaError, StageError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,14 @@ def rank() -> tuple[int, int]:
     """This worker's number and the number of workers, inside a job."""
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size()
+
+
+def device(cluster: ClusterConfig) -> torch.device:
+    """What this worker computes on, inside a job."""
+    import torch
+    from ray.train.torch import get_device
+
+    return get_device() if cluster.device == "auto" and cluster.train_gpus else torch.device("cpu")
 
 
 def dpo_worker(arguments: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kka_ray.config.models import Data, Strict
+from kka_ray.config.models import ClusterConfig, Data, Strict, TrackingConfig
 
 
 class FlowersSource(Strict):
@@ -76,7 +76,10 @@ class RendererConfig(Strict):
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig
     captions: int = Field(1, ge=1, description="captions made for each photograph; each step draws one")
+    samples: tuple[str, ...] = Field((), description="texts that are drawn as the training goes on, to look at")
+    samples_every: int = Field(1000, ge=1, description="steps from one grid of samples to the next")
     card: str = Field("", description="what the model card says of the data, its terms and what cannot be drawn")
     workers: int = Field(1, ge=1, description="training processes; they share each batch")
-    threads: int = Field(2, ge=1, description="threads of a training process")
     processes: int = Field(2, ge=1, description="processes that draw procedural images")
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig(experiment="kka-renderers")

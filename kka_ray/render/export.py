@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import make_image_grid
+from PIL import Image
 
 from kka_ray.errors import AssetError
 from kka_ray.render.pipeline import KkaFlowPipeline
 from kka_ray.render.transformer import FlowTransformer
 
+SAMPLES = 8
+"""Pictures of a text in a grid of samples."""
 MAX_BYTES = 25 * 2**20
 """What a folder of shipped weights may hold at most."""
+
+
+def draw_samples(network: FlowTransformer, texts: Sequence[str]) -> Image.Image:
+    """A grid with a row a text: `SAMPLES` pictures drawn by the network with the pipeline's defaults, always on the
+    same seeds."""
+    pipeline = KkaFlowPipeline(network, FlowMatchEulerDiscreteScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(seed) for _ in texts for seed in range(SAMPLES)]
+    rows = [text for text in texts for _ in range(SAMPLES)]
+    (pictures,) = pipeline(rows, generator=seeds, return_dict=False)
+    return make_image_grid(pictures, rows=len(texts), cols=SAMPLES)
 
 
 def export_pipeline(average: FlowTransformer, target: Path, card: str) -> Path:
@@ -25,7 +42,7 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    halved = copy.deepcopy(average).half()
+    halved = copy.deepcopy(average).to("cpu", torch.float16)
     KkaFlowPipeline(halved, FlowMatchEulerDiscreteScheduler()).save_pretrained(partial, safe_serialization=True)
     (partial / "README.md").write_text(card)
     size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())

@@ -116,11 +116,16 @@ def rate_factor(step: int, settings: Settings) -> float:
 def flow_loss(
     network: torch.nn.Module, images: Tensor, text: Tensor, mask: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the velocity, times drawn from a logit-normal; images (B, 3, S, S) in [-1, 1]."""
+    """Mean squared error of the velocity, times drawn from a logit-normal; images (B, 3, S, S) in [-1, 1].
+
+    Noise and times are drawn on the CPU, wherever the network is.
+    """
+    device = next(network.parameters()).device
     noise = torch.randn(images.shape, generator=generator)
     time_ = torch.sigmoid(torch.randn(len(images), generator=generator) - 0.4)
     at = time_[:, None, None, None]
     noisy = at * images + (1 - at) * noise
+    noisy, images, at, time_, text, mask = (x.to(device) for x in (noisy, images, at, time_, text, mask))
     clean = network(noisy, time_, text, mask)
     # The velocity is (clean - noisy) / (1 - t); the floor keeps the last steps from ruling the loss.
     return (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
@@ -166,7 +171,7 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.network.device.type, torch.bfloat16):
             loss = flow_loss(self.network if forward is None else forward, images, text, mask, generator)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -215,12 +220,15 @@ def train(
     folder: Path,
     report: Callable[[dict[str, float]], None],
     forward: torch.nn.Module | None = None,
+    sample: Callable[[FlowTransformer, int], None] | None = None,
+    sample_every: int = 1000,
 ) -> FlowTransformer:
     """Trains to `settings.steps`, saving checkpoints into `folder` and resuming from one that is there.
 
     `report` gets step, loss (a mean since the last report, of this rank), learning rate and images a second every 50
-    steps. With several ranks `forward` is the network as wrapped for them, and the first one saves. Returns the
-    averaged network. Raises FloatingPointError if the loss is not finite.
+    steps. With several ranks `forward` is the network as wrapped for them, and the first one saves and calls
+    `sample` with the averaged network and the step every `sample_every` steps. Returns the averaged network. Raises
+    FloatingPointError if the loss is not finite.
     """
     if (folder / CHECKPOINT).is_file():
         trainer.load(folder)
@@ -242,4 +250,6 @@ def train(
             losses, since = [], time.perf_counter()
         if trainer.rank == 0 and (trainer.step % settings.checkpoint_every == 0 or trainer.step == settings.steps):
             trainer.save(folder)
+        if sample and trainer.rank == 0 and trainer.step % sample_every == 0:
+            sample(trainer.average, trainer.step)
     return trainer.average

@@ -1,0 +1,70 @@
+"""Training of a renderer as a user starts it: interrupted, gone on with, finished from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from kka_ray import assets, tracking
+from kka_ray.cli import app
+from kka_ray.config.models import RenderConfig
+from kka_ray.render.renderer import Renderer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(assets.is_present, ("builtin:minilm-l6-v2", "builtin:efficientnet-lite0"))),
+        reason="the built-in models are missing: run `kka setup`",
+    ),
+]
+
+CONFIG = """\
+name: tiny
+sources: [{kind: flowers, count: 256}]
+network: {image_size: 32, patch: 8, width: 32, depth: 2, heads: 2, max_text_tokens: 16}
+training: {steps: 100000, batch: 4, warmup: 5, decay_from: 1.0, checkpoint_every: 25}
+samples: [a red flower, a blue flower]
+samples_every: 50
+processes: 1
+cluster: {train_cpus: 0.5, train_threads: 1}
+"""
+
+
+def kka(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_training_goes_on_and_is_finished_from_its_checkpoint(tmp_path: Path) -> None:
+    file, output = tmp_path / "tiny.yaml", tmp_path / "renderers"
+    file.write_text(CONFIG)
+    train = ["renderer", "train", file, "-o", f"output={output}"]
+    kka(*train, "-o", "training.steps=50")
+    kka(*train, "-o", "training.steps=100")
+    folder = output / "tiny"
+    steps = [json.loads(line)["step"] for line in (folder / "training.jsonl").read_text().splitlines()]
+    assert steps == [50, 100]
+    grids = [Image.open(path) for path in sorted((folder / "samples").iterdir())]
+    assert [grid.size for grid in grids] == [(8 * 32, 2 * 32)] * 2
+    assert grids[0].tobytes() != grids[1].tobytes()
+
+    client = MlflowClient(tracking.default_uri(output))
+    run = (folder / "mlflow_run").read_text()
+    assert [m.step for m in client.get_metric_history(run, "loss")] == [50, 100]
+    assert len(client.list_artifacts(run, "samples")) == 2
+    assert client.get_run(run).info.status == "FINISHED"
+
+    checkpoint = (folder / "checkpoint" / "training.safetensors").read_bytes()
+    kka("renderer", "finish", file, "--steps", 25, "-o", f"output={output}")
+    assert (folder / "checkpoint" / "training.safetensors").read_bytes() == checkpoint
+    finished = output / "tiny-100"
+    assert int(load_file(finished / "checkpoint" / "training.safetensors")["step"]) == 125
+    drawn = Renderer.load(RenderConfig(pipeline=str(finished / "pipeline"), steps=2)).draw(["a red flower"], [0])
+    assert getattr(drawn[0], "shape", None) == (32, 32, 3)
