@@ -196,6 +196,7 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
         "rejected": dict(sorted(Counter(d.reason for d in r.descriptions if d.reason).items())),
         "rendered": len(r.drawn.ids),
         "failed": sum(x.status == "failed" for x in r.drawn.renderings),
+        "mismatched": len(r.drawn.mismatched),
         "hard": labels["hard"],
         "between": labels["between"],
         "easy": labels["easy"],

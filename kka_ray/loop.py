@@ -278,9 +278,11 @@ class Loop:
         """The next adapter, or the present one and the reason why the round is stalled."""
         config = self.config.preference
         lines = [d for r in result.rounds for d in r.descriptions]
-        built = pairs.build_pairs(
-            result.prompts, lines, list(result.verdicts.values()), config, self.config.seed * 1000 + number
-        )
+        # A verdict on an image that does not show its text says nothing of the text.
+        mismatched = {id_ for r in result.rounds for id_ in r.drawn.mismatched}
+        lines = [d for d in lines if d.id not in mismatched]
+        verdicts = [v for v in result.verdicts.values() if v.id not in mismatched]
+        built = pairs.build_pairs(result.prompts, lines, verdicts, config, self.config.seed * 1000 + number)
         if len(built) < config.min_pairs:
             return result.adapter, f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}", None
         output = self._train(built, result.adapter, number)

@@ -50,6 +50,8 @@ class Rendering:
     image: bytes
     image_sha256: str
     error: str = ""
+    match: float | None = None
+    """How well the image matches its text, in [0, 1]; None where that was not asked for (`render.match`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ _ARROW: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     float: pa.float64(),
+    float | None: pa.float64(),
     bytes: pa.binary(),
     tuple[str, ...]: pa.list_(pa.string()),
 }

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOG = "training.jsonl"
 _RUN = "mlflow_run"
+_MATCHED = 20_000
+"""Images at most that the similarity to texts is learned from."""
 _DATA = "data.safetensors"
 _DATA_FORMAT = 2
 """Raised when other data would be made of the same configuration."""
@@ -81,11 +83,14 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
 def renderer_worker(arguments: dict[str, Any]) -> None:
     """One worker: the first draws or reads the sources, all train, and the first writes the pipeline with its card."""
+    import numpy as np
     import torch
 
     from kka_ray.features.backbone import Backbone
+    from kka_ray.features.text import TextEncoder
     from kka_ray.render.domain import save_reference
     from kka_ray.render.export import draw_samples, export_pipeline
+    from kka_ray.render.matching import train_matcher
     from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
     from kka_ray.render.transformer import FlowTransformer
@@ -122,7 +127,9 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         card = _card(config, sum(p.numel() for p in network.parameters()))
         target = export_pipeline(average, folder / "pipeline", card)
         backbone = Backbone.load(BackboneConfig())
-        save_reference(target, backbone.extract(list(data.images[:256]), False).pooled, backbone.identity)
+        rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
+        save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
+        train_matcher(target, data, rows, backbone, TextEncoder())
 
 
 class _Track:

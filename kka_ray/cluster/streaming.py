@@ -44,6 +44,8 @@ class Drawn:
     """(prompt id, raw line) of every line written."""
     usage: Counter[str] = field(default_factory=Counter)
     """What was asked of an API for the round's lines: requests, retries, tokens."""
+    mismatched: set[str] = field(default_factory=set)
+    """Ids of images that do not show what their text says, where the configuration asks (`render.match`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that workers spent on the round's chunks, by stage, whenever that was."""
 
@@ -219,11 +221,13 @@ class Streamer:
                 self._lost_images.add([row.id], row.error)
         good = [row for row in renderings if row.status == "ok"]
         features = read_features(output, patches=self.prepared.patches)
+        match = self.config.render.match
         return Drawn(
             renderings,
             [row.id for row in good],
             [decode(row.image, row.id) for row in good],
             features if features is not None else self.prepared.train.take([]),
+            mismatched={row.id for row in good if match and row.match is not None and row.match < match.least},
             seconds={"render": output.seconds},
         )
 
@@ -321,6 +325,7 @@ class Streamer:
         chunks = [parts[i] for i in sorted(parts)]
         drawn.renderings += [row for chunk in chunks for row in chunk.renderings]
         drawn.ids += [id_ for chunk in chunks for id_ in chunk.ids]
+        drawn.mismatched |= {id_ for chunk in chunks for id_ in chunk.mismatched}
         drawn.images += [image for chunk in chunks for image in chunk.images]
         drawn.features = Features.join([chunk.features for chunk in chunks]) if chunks else self.prepared.train.take([])
         drawn.seconds["render"] = sum(chunk.seconds["render"] for chunk in chunks)

@@ -23,11 +23,10 @@ from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from kka_ray.describe.sampler import Sampler
     from kka_ray.features.backbone import Backbone
-    from kka_ray.render.renderer import DrawError, Renderer
+    from kka_ray.render.matching import Drawing, Matcher
+    from kka_ray.render.renderer import Renderer
 
 SAMPLE_VERSION = 7
 
@@ -148,6 +147,7 @@ class RenderWorker:
 
     renderer: Renderer
     backbone: Backbone
+    matcher: Matcher | None
 
     def __init__(
         self, store: str, config: RenderConfig, backbone: BackboneConfig, patches: bool, threads: int, device: str
@@ -159,10 +159,12 @@ class RenderWorker:
     def load(self) -> None:
         """Loads the pipeline and the backbone; called once, before anything else."""
         from kka_ray.features.backbone import Backbone
+        from kka_ray.render.matching import Matcher
         from kka_ray.render.renderer import Renderer
 
         self.renderer = Renderer.load(self.config, self.device, self.threads)
         self.backbone = Backbone.load(self.backbone_config, self.device)
+        self.matcher = Matcher.load(self.config.pipeline, self.device) if self.config.match else None
 
     def work(self, task: RenderTask) -> str:
         """Makes a chunk, unless it is in the store."""
@@ -174,20 +176,27 @@ class RenderWorker:
         """Does the work of a part and keeps nothing."""
         import numpy as np
 
-        drawn = [image for image in self._draw(task).values() if isinstance(image, np.ndarray)]
+        drawn = [d.image for d in self._draw(task).values() if isinstance(d.image, np.ndarray)]
         if drawn:
             self.backbone.extract(drawn, self.patches)
 
-    def _draw(self, task: RenderTask) -> dict[str, np.ndarray | DrawError]:
+    def _draw(self, task: RenderTask) -> dict[str, Drawing]:
         """Pictures, or why there are none, by id, in the order of the rows."""
+        from kka_ray.render.matching import Drawing, draw_matching
         from kka_ray.render.renderer import DrawError
 
         good = [i for i, (id_, _, _) in enumerate(task.rows) if id_ not in task.failed]
         texts, seeds = [task.rows[i][1] for i in good], [task.rows[i][2] for i in good]
         normals = None if task.normals is None else [task.normals[i] for i in good]
-        drawn = self.renderer.draw(texts, seeds, normals) if good else []
+        drawn: list[Drawing] = []
+        if good and self.matcher is not None:
+            assert self.config.match
+            drawn = draw_matching(self.renderer, self.matcher, self.config.match, texts, seeds, normals)
+        elif good:
+            images = self.renderer.draw(texts, seeds, normals)
+            drawn = [Drawing(image, seed) for image, seed in zip(images, seeds, strict=True)]
         of = dict(zip([task.rows[i][0] for i in good], drawn, strict=True))
-        return {id_: of[id_] if id_ in of else DrawError(task.failed[id_]) for id_, _, _ in task.rows}
+        return {id_: of[id_] if id_ in of else Drawing(DrawError(task.failed[id_]), seed) for id_, _, seed in task.rows}
 
     def _make(self, task: RenderTask, attempt: Attempt) -> None:
         import numpy as np
@@ -197,16 +206,17 @@ class RenderWorker:
 
         drawn = self._draw(task)
         records = []
-        for id_, _, seed in task.rows:
-            image = drawn[id_]
+        images = []
+        for id_, drawing in drawn.items():
+            image, seed = drawing.image, drawing.seed
             if isinstance(image, np.ndarray):
+                images.append(image)
                 png = encode_png(image)
                 digest = hashlib.sha256(png).hexdigest()
-                records.append(Rendering(id_, task.round, seed, "ok", png, digest))
+                records.append(Rendering(id_, task.round, seed, "ok", png, digest, match=drawing.match))
             else:
                 records.append(Rendering(id_, task.round, seed, "failed", b"", "", image.reason))
         attempt.table(to_table(Rendering, records))
-        images = [image for image in drawn.values() if isinstance(image, np.ndarray)]
         if images:
             write_features(attempt, self.backbone.extract(images, self.patches))
 

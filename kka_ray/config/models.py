@@ -147,6 +147,14 @@ class MaskConfig(Strict):
         return self
 
 
+class MatchConfig(Strict):
+    """Whether drawn images show what their texts say; see `kka_ray.render.matching`. Images that fall short after the
+    last attempt are counted, and their lines teach the language model nothing."""
+
+    least: float = Field(0.9, ge=0, le=1, description="share of other texts that must be less like the image")
+    redraws: int = Field(2, ge=0, description="times that an image below is drawn again; the best is kept")
+
+
 class RenderConfig(Strict):
     """How descriptions are drawn: any diffusers pipeline."""
 
@@ -161,6 +169,9 @@ class RenderConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals: int = Field(
         128, ge=0, description="normal captions that are drawn as well, to tell what is anomalous from what is drawn"
+    )
+    match: MatchConfig | None = Field(
+        None, description="compare images with their texts; for renderers of `kka renderer train` only"
     )
     chunk: int = Field(32, ge=1, description="images that are drawn, stored and retried together")
     trust_remote_code: bool = False

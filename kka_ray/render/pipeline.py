@@ -1,4 +1,4 @@
-"""The built-in text-to-image pipeline: MiniLM token states, a flow transformer on pixels, Euler steps.
+"""The built-in text-to-image pipeline: MiniLM token states, a flow transformer on pixels, few steps.
 
 The flow runs from noise at time 0 to the image at time 1: `noisy = t * image + (1 - t) * noise`. The network predicts
 the clean image; the scheduler, which counts in sigma = 1 - t, wants the derivative by sigma, `(noisy - clean) / sigma`.
@@ -6,6 +6,7 @@ the clean image; the scheduler, which counts in sigma = 1 - t, wants the derivat
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -23,6 +24,10 @@ from kka_ray.render.transformer import FlowTransformer
 if TYPE_CHECKING:
     from kka_ray.features.text import TextEncoder
 
+TREND = 0.5
+"""Share of the clean image's trend over the last step that the second-order sampler carries on. Guidance makes the
+trend uneven: with 4 to 10 guided steps the images come closest to those of 40 steps with half of it."""
+
 
 class KkaFlowPipeline(DiffusionPipeline):
     """Draws square images from texts; from a photograph and a text; or within a mask on a photograph.
@@ -32,7 +37,9 @@ class KkaFlowPipeline(DiffusionPipeline):
 
     Args:
         transformer: predicts the clean image.
-        scheduler: takes the Euler steps.
+        scheduler: takes the Euler steps. Its `shift` puts more of them where there is much noise.
+        second_order: a step assumes that the clean image goes on changing as it did over the step before, not that it
+            stays: 4 steps then come as near to many as 10 do otherwise.
         text_encoder: reference of the MiniLM model (`kka_ray.assets`); it is loaded when first needed and is not
             saved with the pipeline.
     """
@@ -44,10 +51,11 @@ class KkaFlowPipeline(DiffusionPipeline):
         transformer: FlowTransformer,
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: str = "builtin:minilm-l6-v2",
+        second_order: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(text_encoder=text_encoder)
+        self.register_to_config(text_encoder=text_encoder, second_order=second_order)
         self.image_processor = VaeImageProcessor(vae_scale_factor=transformer.config.patch)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=transformer.config.patch,
@@ -130,10 +138,13 @@ class KkaFlowPipeline(DiffusionPipeline):
         steps: int,
         guidance: float,
     ) -> Tensor:
-        """Euler steps from sigma = `start` to 0: images (N, 3, S, S) in float32."""
-        device = noise.device
-        self.scheduler.set_timesteps(sigmas=np.linspace(start, start / steps, steps).tolist(), device=device)
+        """Steps from sigma = `start` to 0: images (N, 3, S, S) in float32."""
+        device, shift = noise.device, self.scheduler.config.shift
+        # The scheduler shifts what it is given; the first sigma is to be `start` all the same.
+        first = start / (shift - (shift - 1) * start)
+        self.scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist(), device=device)
         sigmas = self.scheduler.sigmas.tolist()
+        before: Tensor | None = None
 
         def known(sigma: float) -> Tensor:
             assert photograph is not None
@@ -154,6 +165,8 @@ class KkaFlowPipeline(DiffusionPipeline):
                 if guided:
                     with_text, without = clean.chunk(2)
                     clean = without + guidance * (with_text - without)
+                if self.config.second_order:
+                    clean, before = _carried_on(clean, before, sigmas, i), clean
                 state = self.scheduler.step((state - clean) / sigma, timestep, state, return_dict=False)[0]
                 if mask is not None:
                     state = torch.where(mask > 0.5, state, known(sigmas[i + 1]))
@@ -203,6 +216,20 @@ class KkaFlowPipeline(DiffusionPipeline):
             raise ValueError("mask_image needs image: the photograph that is kept outside the mask")
         if any(side not in (None, self.image_size) for side in size):
             raise ValueError(f"this pipeline draws {self.image_size} x {self.image_size} px only, got {size}")
+
+
+def _carried_on(clean: Tensor, before: Tensor | None, sigmas: list[float], i: int) -> Tensor:
+    """The constant clean image whose Euler step equals the exact step with one that changes linearly in sigma.
+
+    `before` is the clean image at the step before; the change since then goes on by the share `TREND`.
+    """
+    if before is None:
+        return clean
+    here, there = sigmas[i], sigmas[i + 1]
+    slope = TREND * (clean - before) / (here - sigmas[i - 1])
+    # With d(x / sigma) / d(sigma) = -clean / sigma^2 integrated from here to there.
+    mean = there * math.log(there / here) / (1 - there / here) if there else 0.0
+    return clean - slope * (here + mean)
 
 
 # diffusers looks the class that a folder's model_index.json names up in its own module.

@@ -228,6 +228,12 @@ def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
     failed = sum(row["failed"] for row in rounds)
     if failed > 0.02 * sum(row["rendered"] + row["failed"] for row in rounds):
         yield f"{amount(failed, 'image')} could not be drawn."
+    mismatched = sum(row["mismatched"] for row in rounds)
+    if mismatched:
+        yield (
+            f"{amount(mismatched, 'image')} of {sum(row['rendered'] for row in rounds)} did not show what their texts "
+            "say, however often they were drawn again; these lines were left out of the preference training."
+        )
 
 
 def _cautions_of_judge(audit: Mapping[str, Any]) -> Iterator[str]:

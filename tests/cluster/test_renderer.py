@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from kka_ray import assets, tracking
 from kka_ray.cli import app
 from kka_ray.config.models import RenderConfig
+from kka_ray.data import flowers
+from kka_ray.render.matching import Matcher
 from kka_ray.render.renderer import Renderer
 
 pytestmark = [
@@ -66,5 +69,14 @@ def test_a_training_goes_on_and_is_finished_from_its_checkpoint(tmp_path: Path) 
     assert (folder / "checkpoint" / "training.safetensors").read_bytes() == checkpoint
     finished = output / "tiny-100"
     assert int(load_file(finished / "checkpoint" / "training.safetensors")["step"]) == 125
-    drawn = Renderer.load(RenderConfig(pipeline=str(finished / "pipeline"), steps=2)).draw(["a red flower"], [0])
-    assert getattr(drawn[0], "shape", None) == (32, 32, 3)
+    pipeline = str(finished / "pipeline")
+    image = Renderer.load(RenderConfig(pipeline=pipeline, steps=2)).draw(["a red flower"], [0])[0]
+    assert isinstance(image, np.ndarray)
+    assert image.shape == (32, 32, 3)
+
+    # The same images match their own texts better than others' in the space that was learned beside the network.
+    drawn = flowers.make_renderer_data(64, seed=5)
+    photographs, texts = [d.image for d in drawn], [d.caption for d in drawn]
+    matcher = Matcher.load(pipeline)
+    own, others = matcher.match(photographs, texts), matcher.match(photographs, texts[1:] + texts[:1])
+    assert np.median(own) > np.median(others) + 0.1

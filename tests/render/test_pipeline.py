@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -99,6 +100,37 @@ def test_a_perfect_network_lands_on_its_image(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(times, [0.6, 0.8], atol=1e-6)
 
 
+def test_the_second_order_comes_nearer_to_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the best network for one Gaussian, whose flow is known: sd(sigma) from sd(1) = 1 to sd(0) = 0.25."""
+    first, second = (tiny.flow_pipeline() for _ in range(2))
+    second = KkaFlowPipeline(second.transformer, second.scheduler, second_order=True)
+
+    def best(noisy: torch.Tensor, time: torch.Tensor, *_: object) -> torch.Tensor:
+        at = time[:, None, None, None]
+        return at * 0.25**2 / (at**2 * 0.25**2 + (1 - at) ** 2) * noisy
+
+    errors = []
+    for pipe in (first, second):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.autocast_dtype = torch.float32
+        monkeypatch.setattr(pipe.transformer, "forward", best)
+        drawn = draw(pipe, ["x"], (3,), num_inference_steps=6, guidance_scale=1.0)[0] * 2 - 1
+        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3)).permute(1, 2, 0).numpy()
+        errors.append(np.abs(drawn - 0.25 * noise).mean())
+    assert errors[1] < 0.75 * errors[0]
+
+
+def test_a_shifted_schedule_begins_at_the_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.flow_pipeline()
+    pipe = KkaFlowPipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    draw(pipe, ["x"], (0,), image=[photograph()], strength=0.5, num_inference_steps=8)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert len(sigmas) == 5
+    assert sigmas[0] == pytest.approx(0.5)
+    assert sigmas[0] - sigmas[1] < sigmas[-2] - sigmas[-1], "more steps where there is much noise"
+
+
 def test_a_small_strength_stays_near_the_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny.flow_pipeline()
     # A network that finds nothing to change: what is left is the noise that was mixed into the photograph.
@@ -178,7 +210,11 @@ def test_export_writes_half_precision_with_a_card(pipeline: KkaFlowPipeline, tmp
     assert index["transformer"] == ["kka_ray.render.transformer", "FlowTransformer"]
     loaded = KkaFlowPipeline.from_pretrained(tmp_path / "e", dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
-    assert np.abs(draw(pipeline, ["a rose"], (1,)) - draw(loaded, ["a rose"], (1,))).mean() < 0.01
+    assert loaded.config.second_order
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=export.SHIFT)
+    same = KkaFlowPipeline(pipeline.transformer, scheduler, second_order=True)
+    same.set_progress_bar_config(disable=True)
+    assert np.abs(draw(same, ["a rose"], (1,)) - draw(loaded, ["a rose"], (1,))).mean() < 0.01
 
 
 def test_export_refuses_what_is_too_large(

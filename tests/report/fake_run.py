@@ -231,6 +231,7 @@ def _round(
         "unique": len(own),
         "rejected": dict(sorted(Counter(d.reason for d in own if d.reason).items())),
         "rendered": sum(r.status == "ok" for r in drawn),
+        "mismatched": 0,
         "failed": sum(r.status == "failed" for r in drawn),
         **{label: labels[label] for label in ("hard", "between", "easy", "normal_like")},
         "hard_rate": labels["hard"] / max(len(own), 1),
