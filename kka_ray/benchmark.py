@@ -36,8 +36,8 @@ class Check:
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if np.isfinite(bound))
 
     def passes(self, mean: float) -> bool:
-        """Whether a mean lies in the range, its edges included."""
-        return self.low <= mean <= self.high
+        """Whether a mean lies in the range, its edges included, but for what rounding does to a mean."""
+        return self.low - 1e-9 <= mean <= self.high + 1e-9
 
 
 def demo(

@@ -36,6 +36,8 @@ from kka_ray.store import Store
 NONE, OUTSIDE = "none", "cifar10"
 SHARE = 0.05
 """Anomalies as a share of the normals, training and validation together."""
+AT_LEAST = 50
+"""Anomalies where the share is less, as in the runs on small data sets."""
 
 _FALSE_POSITIVES = 0.05
 _TIMED_IMAGES = 32
@@ -150,7 +152,7 @@ def _measure_seed(
     known: dict[Key, Row],
 ) -> Iterator[Row]:
     normals = data.normals()
-    count = round(SHARE * (len(normals.train) + len(normals.validation)))
+    count = max(int(SHARE * (len(normals.train) + len(normals.validation))), AT_LEAST)
     wanted = [
         (detector, source, count if source != NONE else 0)
         for source in sources

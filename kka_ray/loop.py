@@ -108,7 +108,8 @@ class Loop:
             config.describe.guard, prepared.data.normal_terms, prepared.normals.train.captions, self.encoder
         )
         self.streamer = Streamer(config, store, prepared, self.guard)
-        self.budget = max(round(config.loop.budget * prepared.count), config.loop.min_budget)
+        # Never more than the share, but for what rounding does to the product.
+        self.budget = max(int(config.loop.budget * prepared.count + 1e-6), config.loop.min_budget)
 
     def run(self) -> LoopResult:
         """All rounds and the audit."""

@@ -61,7 +61,9 @@ class Reporter:
             if key not in self._tasks:
                 self._tasks[key] = self._bars.add_task(title, total=total)
             self._bars.update(self._tasks[key], completed=done, total=total)
-        elif done == total and stage != "render" and key not in self._said:
+        elif done < total:
+            self._said.discard(key)  # the next run of several
+        elif stage != "render" and key not in self._said:
             self._said.add(key)
             self.console.print(f"{title}: {done}", highlight=False)
 

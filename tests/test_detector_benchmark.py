@@ -8,7 +8,7 @@ import pytest
 from kka_ray import assets, detector_benchmark
 from kka_ray.data.base import ImageSet
 from kka_ray.data.decode import encode_png
-from kka_ray.detector_benchmark import FeatureBank, choose, measure
+from kka_ray.detector_benchmark import AT_LEAST, FeatureBank, choose, measure
 from kka_ray.detectors import DETECTORS
 from kka_ray.detectors.sources import KINDS
 from kka_ray.errors import ConfigError
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_and_rows_are_complete(tmp_path):
         for g in range(32)
     ]
     write("magnetic_tile", "all-0.parquet", tiles)
-    write("cifar10", "train-0.parquet", [{"image": picture(100), "source": f"c{i}"} for i in range(9)])
+    write("cifar10", "train-0.parquet", [{"image": picture(100), "source": f"c{i}"} for i in range(AT_LEAST)])
     target, said = tmp_path / "out" / "detectors.json", []
 
     def stop_after_two(text: str) -> None:
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_and_rows_are_complete(tmp_path):
     assert sorted((r.detector, r.source, r.count, r.seed) for r in rows) == sorted(
         (d, s, n, seed)
         for seed in (0, 1)
-        for d, s, n in [("knn", "none", 0), ("head", "noise", 1), ("head", "cifar10", 1)]
+        for d, s, n in [("knn", "none", 0), ("head", "noise", AT_LEAST), ("head", "cifar10", AT_LEAST)]
     )
     assert len(again) == 4
     assert all(row in json.loads(target.read_text())["rows"] for row in first)
