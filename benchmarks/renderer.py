@@ -1,9 +1,10 @@
 """How much a renderer's images are worth on photographs: `python benchmarks/renderer.py --data DIR --renderer MODEL`.
 
-DIR holds `cifar100` and `cifar10` in Parquet; MODEL is a text-to-image pipeline (builtin:, hub: or a folder). Features
-are those of EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without
-four whole superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A seed changes the split, what
-the language model writes and what is drawn. Writes `benchmarks/results/renderer.json`.
+DIR holds `cifar100` in Parquet; MODEL is a text-to-image pipeline (builtin:, hub: or a folder), which draws as
+`configs/cifar100_furniture.yaml` says unless `--steps` and the like say otherwise. Features are those of
+EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without four whole
+superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A seed changes the split, what the
+language model writes and what is drawn. Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -31,18 +34,28 @@ from kka_ray.describe.guard import Guard
 from kka_ray.describe.prompts import build_prompts
 from kka_ray.describe.sampler import build_sampler
 from kka_ray.detectors import build
+from kka_ray.evaluation import spread
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.text import TextEncoder
 from kka_ray.files import write_json
+from kka_ray.render.matching import Matcher, draw_matching
 from kka_ray.render.renderer import Renderer
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "renderer.json"
+CONFIG = ROOT / "configs" / "cifar100_furniture.yaml"
 UNSEEN = ("insects", "fish", "food_containers", "non-insect_invertebrates")
 ANOMALIES = 62
 A_CLASS = 20
 """Images drawn of each class for its fidelity."""
+SHOWN = ("apple", "castle", "chair", "forest", "lion", "orange", "plain", "poppy", "rocket", "sea", "wardrobe", "woman")
+"""Classes in the picture, a row each."""
+
+
+def run_config(data: Path) -> RunConfig:
+    """The run on CIFAR-100 furniture, whose settings for describing and drawing are measured here."""
+    return load(CONFIG, RunConfig, [f"data.path={data / 'cifar100'}"])
 
 
 def class_ranks(drawn: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -78,14 +91,34 @@ def real_vs_drawn(real: np.ndarray, drawn: np.ndarray, seed: int) -> float:
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each figure over seeds, and its standard deviation as `..._std`."""
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    return means | {f"{name}_std": float(np.std([row[name] for row in rows])) for name in rows[0]}
+    spreads = {name: spread([row[name] for row in rows]) for name in rows[0]}
+    means = {name: values["mean"] for name, values in spreads.items()}
+    return means | {f"{name}_std": values["std"] for name, values in spreads.items()}
+
+
+class Drawer:
+    """A renderer, with the matcher that has images drawn again where the configuration asks for it."""
+
+    def __init__(self, config: RenderConfig, threads: int) -> None:
+        self.config = config
+        self.renderer = Renderer.load(config, threads=threads)
+        self.matcher = Matcher.load(config.pipeline) if config.match else None
+
+    def draw(self, texts: Sequence[str], seed: int) -> list[np.ndarray]:
+        """One image a text, but for those that failed."""
+        seeds = [100_000 * seed + i for i in range(len(texts))]
+        if self.matcher is None or self.config.match is None:
+            images = self.renderer.draw(texts, seeds)
+        else:
+            drawn = draw_matching(self.renderer, self.matcher, self.config.match, texts, seeds)
+            images = [d.image for d in drawn]
+        return [image for image in images if isinstance(image, np.ndarray)]
 
 
 class Bench:
     """The data and models that all seeds share."""
 
-    def __init__(self, data: Path, renderer: Renderer, second: Renderer | None) -> None:
+    def __init__(self, data: Path, renderer: Drawer, second: Drawer | None) -> None:
         self.data, self.renderer, self.second = data, renderer, second
         self.backbone = Backbone.load(BackboneConfig())
         self.encoder = TextEncoder()
@@ -102,12 +135,15 @@ class Bench:
         groups = {row["class_name"]: row["superclass"] for row in train}
         self.test_groups = np.array([groups[name] for name in test.classes])
 
-    def fidelity(self) -> dict[str, float]:
-        """Nearest class centroids and Fréchet distance of `A_CLASS` images of every class."""
+    def fidelity(self, grid: Path | None) -> dict[str, float]:
+        """Nearest class centroids and Fréchet distance of `A_CLASS` images of every class; some of them into `grid`."""
         centroids = np.stack([self.train[self.train_labels == c].mean(0) for c in range(len(self.classes))])
         centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
         texts = [f"a photo of {with_article(name.replace('_', ' '))}" for name in self.classes for _ in range(A_CLASS)]
-        drawn = self.draw(self.renderer, texts, 0)
+        images = self.renderer.draw(texts, 0)
+        if grid is not None:
+            save_grid([images[self.classes.index(name) * A_CLASS + i] for name in SHOWN for i in range(A_CLASS)], grid)
+        drawn = self._features(images)
         ranks = class_ranks(drawn, np.repeat(np.arange(len(self.classes)), A_CLASS), centroids)
         # Sets of one size: the distance depends on it.
         rows = np.random.default_rng(0).permutation(min(len(self.train), len(self.test)))[: len(drawn)]
@@ -156,8 +192,7 @@ class Bench:
 
     def describe(self, module: DataModule, pooled: np.ndarray, seed: int) -> list[str]:
         """`ANOMALIES` descriptions by the language model, without preference training, that the guard let pass."""
-        file = ROOT / "configs" / "cifar100_furniture.yaml"
-        config = load(file, RunConfig, [f"data.path={self.data / 'cifar100'}"])
+        config = run_config(self.data)
         train = module.normals().train
         prompts = [p.text for p in build_prompts(train, pooled, module.subject, config.describe, seed)]
         guard = Guard(config.describe.guard, module.normal_terms, train.captions, self.encoder)
@@ -170,16 +205,21 @@ class Bench:
                 return passed[:ANOMALIES]
         raise RuntimeError(f"the guard let only {len(passed)} of {20 * 8 * len(prompts)} lines pass")
 
-    def draw(self, renderer: Renderer, texts: Sequence[str], seed: int) -> np.ndarray:
+    def draw(self, renderer: Drawer, texts: Sequence[str], seed: int) -> np.ndarray:
         """Features of one image a text."""
-        drawn = renderer.draw(texts, [100_000 * seed + i for i in range(len(texts))])
-        return self._features([image for image in drawn if isinstance(image, np.ndarray)])
+        return self._features(renderer.draw(texts, seed))
 
     def _features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         return self.backbone.extract(list(images), patches=False).pooled
 
     def _data_config(self) -> Cifar100Data:
         return Cifar100Data(kind="cifar100", path=str(self.data / "cifar100"))
+
+
+def save_grid(images: Sequence[np.ndarray], target: Path) -> None:
+    """A row for every `A_CLASS` images, twice their size."""
+    pictures = [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in images]
+    make_image_grid(pictures, rows=len(images) // A_CLASS, cols=A_CLASS).save(target, optimize=True)
 
 
 def speed(config: RenderConfig, threads: int) -> dict[str, float]:
@@ -206,28 +246,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the Parquet sets")
     parser.add_argument("--renderer", required=True, help="builtin:, hub: or a folder with a pipeline")
     parser.add_argument("--without-superclasses", help="a renderer trained without " + ", ".join(UNSEEN))
-    parser.add_argument("--steps", type=int, default=RenderConfig().steps)
-    parser.add_argument("--guidance", type=float, default=RenderConfig().guidance)
+    parser.add_argument("--steps", type=int, help="by default what the configuration says; so are the next two")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--redraws", type=int, help="times that an image unlike its text is drawn again")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--target", type=Path, default=RESULT)
+    parser.add_argument("--grid", type=Path, help="a PNG of images of some classes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = RenderConfig(
-        pipeline=arguments.renderer, steps=arguments.steps, guidance=arguments.guidance, chunk=64, normals=0
-    )
+    given = {k: v for k in ("steps", "guidance") if (v := getattr(arguments, k)) is not None}
+    config = run_config(arguments.data).render.model_copy(update={"pipeline": arguments.renderer, "chunk": 64, **given})
+    if arguments.redraws is not None and config.match:
+        config = config.model_copy(update={"match": config.match.model_copy(update={"redraws": arguments.redraws})})
     second = None
     if arguments.without_superclasses:
-        other = config.model_copy(update={"pipeline": arguments.without_superclasses})
-        second = Renderer.load(other, threads=arguments.threads)
-    bench = Bench(arguments.data, Renderer.load(config, threads=arguments.threads), second)
+        second = Drawer(config.model_copy(update={"pipeline": arguments.without_superclasses}), arguments.threads)
+    bench = Bench(arguments.data, Drawer(config, arguments.threads), second)
     result: dict[str, Any] = {
         "renderer": arguments.renderer,
         "steps": config.steps,
         "guidance": config.guidance,
+        "match": config.match.model_dump() if config.match else None,
         "seeds": arguments.seeds,
         "threads": arguments.threads,
-        **bench.fidelity(),
+        **bench.fidelity(arguments.grid),
         **summary([bench.seed(seed) for seed in range(arguments.seeds)]),
         **speed(config, arguments.threads),
     }
