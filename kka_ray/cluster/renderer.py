@@ -70,7 +70,9 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
     with safe_open(checkpoint, "pt") as content:
         reached = int(content.get_tensor("step"))
     total = reached + steps
-    training = config.training.model_copy(update={"steps": total, "decay_from": reached / total})
+    # Weights of before the decay would blur the average.
+    ema = min(config.training.ema, max(0.1, 1 - 10 / steps))
+    training = config.training.model_copy(update={"steps": total, "decay_from": reached / total, "ema": ema})
     branch = config.model_copy(update={"name": f"{config.name}-{reached}", "training": training})
     target = folder.with_name(branch.name)
     (target / "checkpoint").mkdir(parents=True, exist_ok=True)
