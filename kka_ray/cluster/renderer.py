@@ -32,19 +32,20 @@ _DATA_FORMAT = 2
 """Raised when other data would be made of the same configuration."""
 
 
-def train_renderer(config: RendererConfig, say: Callable[[str], None]) -> Path:
+def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: str | None = None) -> Path:
     """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
 
     Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples and `config.yaml` lie in OUTPUT/NAME; the
     same command, or one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted
-    training. Metrics and grids go to MLflow as well.
+    training. Metrics and grids go to MLflow as well. `made_by` says in the model card how the weights came about.
     """
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
-        arguments = {"config": config, "folder": str(folder)}
+        made_by = made_by or f"`kka renderer train configs/renderer/{config.name}.yaml`"
+        arguments = {"config": config, "folder": str(folder), "made_by": made_by}
         train.run("renderer", renderer_worker, arguments, config.workers, config.cluster)
     pipeline = folder / "pipeline"
     if not (pipeline / "model_index.json").is_file():
@@ -80,7 +81,10 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
         if not (target / name).exists():
             # Linked, not copied: both files are replaced as a whole, never written into.
             os.link(folder / name, target / name)
-    return train_renderer(branch, say)
+    file = f"configs/renderer/{config.name}.yaml"
+    first, second = f"`kka renderer train {file}`", f"`kka renderer finish {file} --steps {steps}`"
+    made_by = f"{first}, stopped after {reached} of them, and {second}"
+    return train_renderer(branch, say, made_by)
 
 
 def renderer_worker(arguments: dict[str, Any]) -> None:
@@ -126,7 +130,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     average = train_network(trainer, data, checkpoints, report, forward, sample if config.samples else None, every)
     if track:
         track.end()
-        card = _card(config, sum(p.numel() for p in network.parameters()))
+        card = _card(config, sum(p.numel() for p in network.parameters()), arguments["made_by"])
         target = export_pipeline(average, folder / "pipeline", card)
         backbone = Backbone.load(BackboneConfig())
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
@@ -183,11 +187,10 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
     return data
 
 
-def _card(config: RendererConfig, parameters: int) -> str:
+def _card(config: RendererConfig, parameters: int, made_by: str) -> str:
     network, training = config.network, config.training
     return (
         f"# {config.name}\n\nA text-to-image diffusion transformer of {parameters / 1e6:.1f} M parameters, "
         f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from scratch by flow "
-        f"matching.\n\n{config.card}\nTrained for {training.steps} steps of {training.batch} images by "
-        f"`kka renderer train configs/renderer/{config.name}.yaml`.\n"
+        f"matching.\n\n{config.card}\nTrained for {training.steps} steps of {training.batch} images by {made_by}.\n"
     )
