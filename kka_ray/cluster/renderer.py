@@ -14,7 +14,7 @@ from kka_ray.cluster.session import session
 from kka_ray.config.loading import dump
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
-from kka_ray.errors import ConfigError, StageError
+from kka_ray.errors import AssetError, ConfigError, StageError
 from kka_ray.files import write_text
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.render.matching import train_matcher
     from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
-    from kka_ray.render.transformer import FlowTransformer
 
     config, folder = arguments["config"], Path(arguments["folder"])
     torch.set_num_threads(arguments["threads"])
@@ -111,7 +110,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     data = _data(config, folder)
     torch.manual_seed(config.training.seed)
     device = train.device(config.cluster)
-    network = FlowTransformer(**config.network.model_dump()).to(device)
+    network = _network(config).to(device)
     trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
@@ -136,6 +135,30 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
         train_matcher(target, data, rows, backbone, TextEncoder())
+
+
+def _network(config: RendererConfig) -> FlowTransformer:
+    """What a training begins with: random weights, or those of the renderer `config.start`.
+
+    Raises ConfigError if the two networks differ, AssetError if there is no such renderer.
+    """
+    import torch
+
+    from kka_ray import assets
+    from kka_ray.render.transformer import FlowTransformer
+
+    wanted = config.network.model_dump()
+    if config.start is None:
+        return FlowTransformer(**wanted)
+    folder = assets.resolve(config.start).path / "transformer"
+    try:
+        network = FlowTransformer.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"start: {config.start} holds no weights of a built-in renderer: {error}") from error
+    differing = {name: network.config[name] for name, value in wanted.items() if network.config[name] != value}
+    if differing:
+        raise ConfigError(f"start: the network of {config.start} has {differing}; give `network` the same values")
+    return network.train()
 
 
 class _Track:
@@ -191,6 +214,7 @@ def _card(config: RendererConfig, parameters: int, made_by: str) -> str:
     network, training = config.network, config.training
     return (
         f"# {config.name}\n\nA text-to-image diffusion transformer of {parameters / 1e6:.1f} M parameters, "
-        f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from scratch by flow "
-        f"matching.\n\n{config.card}\nTrained for {training.steps} steps of {training.batch} images by {made_by}.\n"
+        f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from "
+        f"{config.start or 'scratch'} by flow matching.\n\n{config.card}\n"
+        f"Trained for {training.steps} steps of {training.batch} images by {made_by}.\n"
     )

@@ -74,6 +74,9 @@ class RendererConfig(Strict):
     data: str = Field(".", description="folder in which the sources' paths begin")
     sources: tuple[Source, ...] = Field(min_length=1)
     network: NetworkConfig = NetworkConfig()
+    start: str | None = Field(
+        None, description="renderer whose weights a new training begins with: builtin: or a folder; by default random"
+    )
     training: TrainingConfig
     captions: int = Field(1, ge=1, description="captions made for each photograph; each step draws one")
     samples: tuple[str, ...] = Field((), description="texts that are drawn as the training goes on, to look at")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -73,6 +74,14 @@ def test_a_training_goes_on_and_is_finished_from_its_checkpoint(tmp_path: Path) 
     image = Renderer.load(RenderConfig(pipeline=pipeline, steps=2)).draw(["a red flower"], [0])[0]
     assert isinstance(image, np.ndarray)
     assert image.shape == (32, 32, 3)
+
+    # A new training begins with the weights of the finished one.
+    still = "training={steps: 1, batch: 4, warmup: 0, learning_rate: 1.0e-9, matrix_rate: 1.0e-9}"
+    kka(*train, "-o", "name=next", "-o", f"start={pipeline}", "-o", still)
+    following = output / "next" / "pipeline"
+    before, after = (load_file(next(Path(p).glob("transformer/*.safetensors"))) for p in (pipeline, following))
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+    assert "trained from " + pipeline in (following / "README.md").read_text()
 
     # The same images match their own texts better than others' in the space that was learned beside the network.
     drawn = flowers.make_renderer_data(64, seed=5)
