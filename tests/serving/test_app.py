@@ -2,10 +2,13 @@ import asyncio
 import base64
 import csv
 import io
+import json
+import re
 import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from kka_ray.config.serve import ServeConfig
 from kka_ray.data.decode import encode_png
 from kka_ray.scoring import load_detector, score_folder
 from kka_ray.serving.access import digest
-from kka_ray.serving.app import create_app
+from kka_ray.serving.app import ImageScore, create_app
 from kka_ray.serving.refusal import Refusal
 from kka_ray.serving.scorer import ImageScorer, Item, Judgement
 
@@ -300,6 +303,30 @@ def test_health_and_readiness(client, fake):
     assert client.get("/healthz").status_code == 200
     _refused(client.get("/readyz"), 503, "unavailable")
     _refused(_post(client, _png()), 503, "unavailable")
+
+
+def test_the_interface_is_described_without_a_token_and_tells_nothing_of_the_model(client, fake):
+    described = client.get("/openapi.json").json()
+    assert set(described["paths"]) == {"/v1/score", "/v1/model", "/healthz", "/readyz"}
+    assert set(described["components"]["schemas"]["ImageScore"]["properties"]) == set(ImageScore.model_fields)
+    assert "fake" not in str(described)
+    assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+
+
+def test_the_documentation_names_every_code_and_field():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "serving.md").read_text()
+    sources = "".join(file.read_text() for file in (root / "kka_ray" / "serving").glob("*.py"))
+    codes = set(re.findall(r'Refusal\(\s*(\d+), "(\w+)"', sources)) | set(
+        re.findall(r'_error\((\d+), "(\w+)"', sources)
+    )
+    assert len(codes) >= 16
+    for status, code in codes:
+        assert re.search(rf"^\| .*{status}.* \| .*`{code}`", text, re.MULTILINE), (status, code)
+    for name in ImageScore.model_fields:
+        assert f"| `{name}` |" in text
+    example = json.loads(text.split("```json")[1].split("```")[0])
+    assert ImageScore.model_validate(example["images"][0], strict=True)
 
 
 def test_the_page_is_whole_and_runs_only_its_own_script(client):
