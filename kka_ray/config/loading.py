@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from kka_ray.errors import ConfigError
 
@@ -27,16 +29,12 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     values = read(Path(path))
     for override in overrides:
         _apply(values, override)
-    return parse(values, model, str(path))
+    return _check(values, model, str(path), overridable=True)
 
 
 def parse(values: Mapping[str, Any], model: type[Model], source: str) -> Model:
     """Checks a mapping against `model`. Raises ConfigError."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(e, model) for e in error.errors()]
-        raise ConfigError(f"{source} is not a valid {model.__name__}:\n" + "\n".join(f"  {x}" for x in lines)) from None
+    return _check(values, model, source, overridable=False)
 
 
 def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -85,6 +83,15 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
+def _check(values: Mapping[str, Any], model: type[Model], source: str, *, overridable: bool) -> Model:
+    """`overridable`: whether a missing key can be given with `-o`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e, model, overridable) for e in error.errors()]
+        raise ConfigError(f"{source} is not a valid {model.__name__}:\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -103,26 +110,94 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
 
 
-def _explain(error: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(p) for p in error["loc"])
-    if error["type"] == "extra_forbidden":
-        wanted = str(error["loc"][-1])
-        names = sorted(_field_names(model))
-        near = difflib.get_close_matches(wanted, names, 1, 0.5)
-        return f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if error["type"] == "missing":
-        return f"{where}: is required"
-    return f"{where}: {error['msg']} (got {error.get('input')!r})"
+def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:
+    """One error in words: the key as the file has it, what is wrong with it, and what to do."""
+    place = _Place.of(model, error["loc"])
+    where, kind = ".".join(str(key) for key in place.keys), error["type"]
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key{_instead(str(place.keys[-1]), place.names)}"
+    if kind in ("missing", "union_tag_not_found"):
+        # Of a section that is chosen by its `kind`, that is what is missing.
+        where = f"{where}.kind" if place.choices else where
+        # Lists cannot be reached from the command line.
+        how = f"; give it as -o {where}=VALUE" if overridable and not _has_index(place.keys) else ""
+        what = f"one of {', '.join(place.choices)}" if place.choices else place.description
+        return f"{where}: is required{how}{f' ({what})' if what else ''}"
+    if kind == "union_tag_invalid":
+        tag = error["ctx"]["tag"]
+        return f"{where}.kind: there is no {tag!r}{_instead(tag, place.choices)}"
+    said = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | None) else ""
+    return f"{where}: {said}{shown}" if where else said
 
 
-def _field_names(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield name
-        yield from _nested_names(field.annotation)
+def _instead(wanted: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wanted, names, 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(names)}" if names else ""
 
 
-def _nested_names(annotation: Any) -> Iterator[str]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield from _field_names(annotation)
-    for part in get_args(annotation):
-        yield from _nested_names(part)
+def _has_index(keys: Sequence[Any]) -> bool:
+    return any(isinstance(key, int) for key in keys)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place within a model.
+
+    keys: as in the file, without the labels that pydantic adds to its locations for the member of a union.
+    names: of the keys beside the last one; empty where they are free.
+    description: of the last one.
+    choices: of the union that is there, where a `kind` chooses among its members.
+    """
+
+    keys: tuple[Any, ...]
+    names: tuple[str, ...]
+    description: str
+    choices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: type[BaseModel], location: Sequence[Any]) -> _Place:
+        keys: list[Any] = []
+        names: tuple[str, ...] = ()
+        description = ""
+        at: Any = model
+        for part in location:
+            members = _members(at)
+            if len(members) > 1:
+                label = str(part).split("[")[0]
+                at = next((member for labels, member in members if label in labels), Any)
+                continue
+            ((_, at),) = members
+            keys.append(part)
+            if isinstance(at, type) and issubclass(at, BaseModel):
+                names, field = tuple(at.model_fields), at.model_fields.get(part)
+                description = (field.description or "") if field else ""
+                at = field.annotation if field else Any
+            else:
+                # The values of a mapping, or the items of a list.
+                names, description = (), ""
+                at = next((a for a in reversed(get_args(at)) if a is not Ellipsis), Any)
+        members = _members(at)
+        chosen = len(members) > 1 and all("kind" in getattr(m, "model_fields", ()) for _, m in members)
+        choices = tuple(label for labels, _ in members for label in labels) if chosen else ()
+        return cls(tuple(keys), names, description, choices)
+
+
+def _members(annotation: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """The members of a union, None left out, each with the labels that pydantic gives it in locations.
+
+    What is no union is its own only member.
+    """
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *notes = get_args(annotation)
+        tags = tuple(str(note.tag) for note in notes if isinstance(note, Tag))
+        return [(tags, inner)] if tags else _members(inner)
+    if origin in (Union, UnionType):
+        return [m for part in get_args(annotation) if part is not type(None) for m in _members(part)]
+    kind = getattr(annotation, "model_fields", {}).get("kind")
+    labels = get_args(kind.annotation) if kind else (getattr(origin or annotation, "__name__", ""),)
+    return [(labels, annotation)]

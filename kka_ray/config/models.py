@@ -38,7 +38,7 @@ class Oxford102Data(Strict):
     """Oxford-102 flowers in Parquet: one class is normal, split by folds because it is small."""
 
     kind: Literal["oxford102"]
-    path: str
+    path: str = Field(description="folder with train-*.parquet and test-*.parquet")
     label: int = Field(25, ge=0, le=101, description="normal class, from 0; 25 is the corn poppy")
     folds: int = Field(5, ge=2)
     fold: int = Field(0, ge=0, description="the fold of the normal images that is tested on")
@@ -49,7 +49,7 @@ class UcmData(Strict):
     """UC Merced land use with captions, in Parquet: split by scene, because neighbouring pictures overlap."""
 
     kind: Literal["ucm_captions"]
-    path: str
+    path: str = Field(description="folder with train-*.parquet and test-*.parquet")
     labels: tuple[int, ...] = (19, 20)
     test: float = Field(0.25, gt=0, lt=1, description="share of the normal scenes that is tested on")
     validation: float = Field(0.2, gt=0, lt=1)
@@ -68,7 +68,7 @@ class FolderData(Strict):
     """A folder of normal images; `test/good` and `test/<defect>` as in MVTec AD, where there are test images."""
 
     kind: Literal["folder"]
-    path: str
+    path: str = Field(description="folder of normal images, directly or under train/good")
     description: str = Field(description="what the normal images show, in a few words: 'a steel screw'")
     captions: str | None = Field(None, description="CSV with the columns file and caption; else sidecar .txt files")
     validation: float = Field(0.2, gt=0, lt=1)
@@ -106,8 +106,16 @@ class GuardConfig(Strict):
     near_duplicate: float = Field(
         0.985, gt=0, le=1, description="cosine of sentence embeddings from which a line is a copy; 1 switches it off"
     )
+    subject: bool = Field(
+        True,
+        description="refuse a line whose subject is the normal class; off where anomalies are defects of the normal "
+        "object",
+    )
     subject_similarity: float = Field(
-        0.62, gt=0, le=1, description="cosine from which a line's subject is the normal class; 1 switches it off"
+        0.62,
+        gt=0,
+        le=1,
+        description="cosine to a name of the normal class from which a subject counts as one; 1: the names alone count",
     )
     normal_vocabulary: bool = Field(
         False, description="refuse a line all of whose words occur in the normal captions: it says nothing new"
@@ -267,6 +275,16 @@ class PreferenceConfig(Strict):
     def _learns(self) -> PreferenceConfig:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_is_shared_out(self) -> PreferenceConfig:
+        at_once = self.workers * self.micro_batch
+        if self.batch % at_once:
+            raise ValueError(
+                f"batch ({self.batch}) must be a multiple of workers x micro_batch ({self.workers} x "
+                f"{self.micro_batch}): set it to {-(-self.batch // at_once) * at_once}, or lower micro_batch"
+            )
         return self
 
 
@@ -578,6 +596,15 @@ class PoolConfig(Strict):
             raise ValueError(f"max_workers ({self.max_workers}) is less than workers ({self.workers})")
         return self
 
+    @model_validator(mode="after")
+    def _every_worker_has_a_place(self) -> PoolConfig:
+        if self.gpus and self.max_workers is not None and self.max_workers > self.workers:
+            raise ValueError(
+                f"max_workers ({self.max_workers}) is more than workers ({self.workers}), and a pool with GPUs holds "
+                "places for `workers` alone: set workers to the number wanted and leave max_workers out"
+            )
+        return self
+
 
 class ClusterConfig(Strict):
     """The Ray cluster and the shares of it."""
@@ -648,6 +675,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "detect asks for drawn normals, but render.normals is 0: set it to 64 or more, or leave drawn_normals "
                 "out of detect"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_has_whole_gpus(self) -> RunConfig:
+        if 0 < self.cluster.train_gpus < 1 and self.preference.workers > 1 and self.cluster.device == "auto":
+            raise ValueError(
+                f"{self.preference.workers} DPO workers of {self.cluster.train_gpus:g} GPU each may share a GPU, which "
+                "NCCL refuses: set cluster.train_gpus=1 or preference.workers=1"
             )
         return self
 

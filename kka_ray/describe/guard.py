@@ -4,7 +4,8 @@ A description of the normal class would be drawn as a normal image, judged hard,
 and would then poison the detector. Two rules refuse it:
 
 - *subject*: where the normal class has names (`bed`, `chair`, ...), the line's subject must not be one of them, a
-  listed synonym, or a word whose embedding is as near to one as a synonym's.
+  listed synonym, or a word whose embedding is as near to one as a synonym's. It is switched off (`subject: false`)
+  where anomalies are defects of the normal object: "a steel screw with a bent tip" is then what is wanted.
 - *vocabulary*: where normal and anomalous samples differ by attributes only, a line must use some word that no
   normal caption uses; else it says nothing that is not normal.
 """
@@ -165,7 +166,7 @@ class Guard:
 
     Args:
         config: limits and switches.
-        normal_terms: names of the normal class and synonyms; empty switches the subject rule off.
+        normal_terms: names of the normal class and synonyms, for the subject rule; without any it refuses nothing.
         normal_captions: captions of the training normals, for the vocabulary rule.
         encoder: sentence embeddings.
     """
@@ -207,7 +208,7 @@ class Guard:
 
     def is_normal_class(self, text: str) -> bool:
         """Whether a line describes the normal class itself."""
-        if self._terms and self._names_normal_class(text):
+        if self.config.subject and self._terms and self._names_normal_class(text):
             return True
         return self.config.normal_vocabulary and not (set(content_words(text)) - self._vocabulary)
 

@@ -7,9 +7,10 @@ from sklearn.cluster import KMeans
 
 from kka_ray.config.models import DescribeConfig
 from kka_ray.data.base import ImageSet
+from kka_ray.data.captions import without_article
 from kka_ray.records import Prompt
 
-VERSION = 2
+VERSION = 3
 
 
 def build_prompts(
@@ -24,7 +25,9 @@ def build_prompts(
     """
     groups = min(config.prompts, len(normals))
     means = KMeans(groups, random_state=seed, n_init=3).fit(pooled)
-    heading = config.instruction or f"A list of descriptions of many different {subject}:"
+    # "Many different a steel screw" would be no English.
+    many = subject if without_article(subject) == subject else f"pictures of {subject}"
+    heading = config.instruction or f"A list of descriptions of many different {many}:"
     turn = f"{config.contrast}\n" if config.contrast else ""
     prompts = []
     for group in range(groups):

@@ -71,6 +71,7 @@ def engine_versions(sampler: TransformersSampler | VllmSampler | ApiSampler) -> 
         except PackageNotFoundError:
             continue
     raise ConfigError(
-        "describe.sampler.kind is vllm, which is not installed here: with GPUs, pip install 'kka_ray[vllm]'; "
+        "describe.sampler.kind is vllm, which is not installed here: with GPUs, pip install -e '.[vllm]' in an "
+        "environment of its own; "
         "without, `make setup-vllm` sets up its CPU build in an environment of its own"
     )

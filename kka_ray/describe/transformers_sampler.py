@@ -53,7 +53,8 @@ class TransformersEngine:
         if folder is None:
             return
         for name, merged in merged_weights(folder, weights.get):
-            self._raw[name] = weights[name].detach().clone()
+            # Off the device: beside the model there may be no room for its weights again.
+            self._raw[name] = weights[name].detach().to("cpu", copy=True)
             weights[name].copy_(merged)
 
     def take_usage(self) -> dict[str, int]:

@@ -96,6 +96,6 @@ def _packages() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ConfigError(
-            f"ONNX needs the packages onnx and onnxruntime ({error}): pip install 'kka_ray[onnx]'"
+            f"ONNX needs the packages onnx and onnxruntime ({error}): pip install -c requirements/lock.txt -e '.[onnx]'"
         ) from error
     return onnxruntime

@@ -1,12 +1,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from kka_ray.config import RunConfig, config_hash, dump, load, merge
+from kka_ray.config import RunConfig, config_hash, dump, load, merge, parse
 from kka_ray.config.renderer import RendererConfig
+from kka_ray.config.sweep import SweepConfig
 from kka_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,85 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\nloop: {ronds: 2}\n")
     with pytest.raises(ConfigError, match="loop.ronds: unknown key; did you mean 'rounds'"):
         load(tmp_path / "run.yaml", RunConfig)
+
+
+def said(values: dict[str, Any], tmp_path: Path, *overrides: str) -> list[str]:
+    """What is wrong with a run of flowers that has these values as well, without the heading."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "x", "data": {"kind": "flowers"}} | values))
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "run.yaml", RunConfig, overrides)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_a_missing_key_is_named_as_it_is_given(tmp_path: Path) -> None:
+    folder = {"data": {"kind": "folder"}}
+    path, description = said(folder, tmp_path)
+    assert path.startswith("data.path: is required; give it as -o data.path=VALUE")
+    assert description == (
+        "data.description: is required; give it as -o data.description=VALUE (what the normal images show, in a few "
+        "words: 'a steel screw')"
+    )
+    assert said(folder, tmp_path, "data.description=a screw") == [path]
+    assert load(tmp_path / "run.yaml", RunConfig, ["data.description=a screw", "data.path=x"]).data.kind == "folder"
+    with pytest.raises(ConfigError) as error:
+        parse({"name": "x"} | folder, RunConfig, "a program's values")
+    assert "-o" not in str(error.value), "a program has no command line"
+
+
+def test_a_kind_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    for values in ({"data": {}}, {"data": {"path": "x"}}):
+        (line,) = said(values, tmp_path)
+        assert line.startswith("data.kind: is required; give it as -o data.kind=VALUE (one of flowers, cifar100, ")
+    assert said({"data": {"kind": "foldr"}}, tmp_path) == ["data.kind: there is no 'foldr'; did you mean 'folder'?"]
+    (line,) = said({"detect": {"detectors": [{"neighbours": 3}]}}, tmp_path)
+    assert line.startswith("detect.detectors.0.kind: is required (one of simplenet, ")
+    assert "head, fused, " in line
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"data": {"kind": "flowers", "normal": 9}}, "data.normal: unknown key; did you mean 'normals'?"),
+        (
+            {"data": {"kind": "flowers", "path": "x"}},
+            "data.path: unknown key; there are kind, normals, test_normals, test_anomalies, validation",
+        ),
+        (
+            {"detect": {"detectors": [{"kind": "simplenet"}, {"kind": "knn", "neighbors": 3}]}},
+            "detect.detectors.1.neighbors: unknown key; did you mean 'neighbours'?",
+        ),
+        (
+            {"cluster": {"samplers": {"runtime_env": {"env_vars": {"A": 3}}}}},
+            "cluster.samplers.runtime_env.env_vars.A: Input should be a valid string (got 3)",
+        ),
+        (
+            {"describe": {"sampler": {"kind": "vllm", "gpu_memory": 2}}},
+            "describe.sampler.gpu_memory: Input should be less than or equal to 1 (got 2)",
+        ),
+        (
+            {"detect": {"detectors": [{"kind": "simplenet"}, {"kind": "energy_head", "normal_energy": 5}]}},
+            "detect.detectors.1: normal_energy 5.0 must be less than anomalous_energy 3.0",
+        ),
+    ],
+)
+def test_places_are_named_as_in_the_file(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
+    assert said(values, tmp_path) == [expected]
+
+
+def test_what_is_wrong_with_the_whole_is_said_without_its_values(tmp_path: Path) -> None:
+    (line,) = said({"render": {"normals": 0}}, tmp_path)
+    assert line.startswith("detect asks for drawn normals, but render.normals is 0")
+    assert "got" not in line
+    (line,) = said({"loop_": {}}, tmp_path)
+    assert line == "loop_: unknown key; did you mean 'loop'?"
+
+
+def test_unions_without_a_kind_are_looked_into_as_well() -> None:
+    values = {"name": "s", "run": 3, "parameters": {"loop.rounds": {"grid": []}}}
+    with pytest.raises(ConfigError) as error:
+        parse(values, SweepConfig, "s")
+    lines = [line.strip().split(": ")[0] for line in str(error.value).splitlines()[1:]]
+    assert lines == ["run", "run", "parameters.loop.rounds.grid"]
 
 
 def test_overrides_are_yaml_and_reach_into_sections(tmp_path: Path) -> None:

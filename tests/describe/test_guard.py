@@ -42,6 +42,36 @@ def test_vocabulary_rule_wants_something_new(encoder: TextEncoder) -> None:
     assert not guard.is_normal_class("a pink flower with seven petals")
 
 
+DEFECTS = (
+    "a steel screw with a bent tip",
+    "a rusty steel screw",
+    "a screw whose thread is worn off",
+    "a steel screw broken in two",
+    "a photo of a steel screw with deep scratches",
+)
+
+
+def test_defects_of_the_normal_object_pass_once_the_subject_rule_is_off(encoder: TextEncoder) -> None:
+    """As in configs/folder.yaml, where the normal object is the subject of every line that is wanted."""
+    normals = [
+        "a photo of a steel screw",
+        "a sharp photo of a steel screw",
+        "a steel screw in the middle of the picture",
+    ]
+    config = GuardConfig(subject=False, normal_vocabulary=True)
+    guard = Guard(config, ("steel screw",), normals, encoder)
+    assert [reason for _, reason in guard.judge([f" {line}\n" for line in DEFECTS])] == [""] * len(DEFECTS)
+    assert [reason for _, reason in guard.judge([f" {line}\n" for line in normals])] == ["normal_class"] * 3
+    strict = Guard(GuardConfig(), ("steel screw",), normals, encoder)
+    assert all(strict.is_normal_class(line) for line in DEFECTS[:2])
+
+
+def test_names_count_at_the_largest_similarity_too(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(subject_similarity=1), ("chair",), (), encoder)
+    assert guard.is_normal_class("a photo of two wooden chairs")
+    assert not guard.is_normal_class("a wooden stool in a kitchen")
+
+
 def test_copies_are_refused_in_order(encoder: TextEncoder) -> None:
     guard = Guard(GuardConfig(), (), (), encoder)
     lines = [" a small red fox in the snow\n", " A small red fox in the snow.\n", " a rocket on its launch pad\n"]

@@ -34,3 +34,8 @@ def test_a_contrast_stands_between_the_examples_and_what_is_written() -> None:
 
 def test_there_are_no_more_prompts_than_normals() -> None:
     assert len(build_prompts(*normals(), "flowers", DescribeConfig(prompts=16), 0)) == 6
+
+
+def test_the_heading_is_english_for_one_thing_as_well() -> None:
+    (prompt,) = build_prompts(*normals(), "a steel screw", DescribeConfig(prompts=1, examples=1), 0)
+    assert prompt.text.startswith("A list of descriptions of many different pictures of a steel screw:\n")

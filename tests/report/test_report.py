@@ -103,6 +103,23 @@ def test_numbers_are_those_of_the_summary(write_fake_run):
     assert not any(sentence in page.text for sentence in FULL)
 
 
+def test_names_only_the_reasons_for_which_something_was_left_out(write_fake_run):
+    folder, summary = write_fake_run()
+    assert "normals (3 more left out: duplicate)" in " ".join(render(folder).text.split())
+    for dropped, said in (
+        (
+            {"unreadable": 2, "too_large": 0, "duplicate": 1},
+            "(2 more left out: unreadable, 1 more left out: duplicate)",
+        ),
+        ({"unreadable": 0, "too_large": 0, "duplicate": 0}, ""),
+        ({}, ""),
+    ):
+        (folder / "summary.json").write_text(json.dumps(summary | {"dropped": dropped}))
+        text = " ".join(render(folder).text.split())
+        assert ("left out" in text) is bool(said)
+        assert said in text
+
+
 def test_escapes_what_the_language_model_wrote(write_fake_run):
     evil = """<script>alert("1")</script><img src=x onerror='alert(2)'> & {{ 7 * 7 }}"""
     folder, _ = write_fake_run(text=evil)

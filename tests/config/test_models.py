@@ -1,0 +1,20 @@
+import pytest
+from pydantic import ValidationError
+
+from kka_ray.config.models import PoolConfig, PreferenceConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"), [({"batch": 12}, "set it to 16"), ({"workers": 3}, "3 x 8.*set it to 24")]
+)
+def test_a_batch_is_shared_out_whole(values: dict[str, int], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        PreferenceConfig.model_validate(values)
+    assert PreferenceConfig(batch=12, workers=3, micro_batch=4).batch == 12
+
+
+def test_a_pool_with_gpus_cannot_grow() -> None:
+    with pytest.raises(ValidationError, match="set workers to the number wanted and leave max_workers out"):
+        PoolConfig(workers=2, max_workers=3, gpus=0.5)
+    assert PoolConfig(workers=2, max_workers=2, gpus=1).max_workers == 2
+    assert PoolConfig(workers=2, max_workers=3).max_workers == 3
