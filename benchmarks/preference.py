@@ -80,7 +80,7 @@ def _step_seconds(side: str, pairs: list[PreferencePair], config: PreferenceConf
 
     path, clock = assets.resolve(MODEL).path, Clock()
     with tempfile.TemporaryDirectory() as work:
-        arguments = dpo._arguments(config, 0, Path(work), 1)
+        arguments = dpo._arguments(config, 0, Path(work), 1, cpu=not torch.cuda.is_available())
         if side == "trl_default":
             arguments.gradient_checkpointing = True
         trainer = (dpo.PackedDPOTrainer if side == "ours" else DPOTrainer)(

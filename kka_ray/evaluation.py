@@ -140,18 +140,27 @@ def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: Loop
     arm = _drawn_arm(config, store, prepared, loop, KKA, ids) if ids else Arm(BASELINE, 0, None)
     keys = _fit_all(alone, store, prepared, loop, [arm]).values()
     if not keys:
-        raise StageError(
-            f"the loop kept no image and the detector {config.detect.headline} needs anomalies; raise loop.lines, or "
-            "confusion.upper for a wider hard band"
-        )
+        raise _nothing_kept(config.detect.headline)
     return [TunedDetector.load(_fit_output(store, k).local / "detector", prepared.backbone) for k in keys]
 
 
 def headline_detector(config: RunConfig, store: Store, prepared: Prepared, evaluation: Evaluation) -> TunedDetector:
-    """The detector that is served: the headline one with KKA's set, of the first seed."""
-    arm = KKA if (config.detect.headline, KKA, 0) in evaluation.fits else BASELINE
-    key = evaluation.fits[config.detect.headline, arm, 0]
+    """The detector that is served: the headline one with KKA's set, of the first seed.
+
+    Without kept images it is the one fitted to normals alone. Raises StageError if the detector cannot do that.
+    """
+    headline, fits = config.detect.headline, evaluation.fits
+    key = fits.get((headline, KKA, 0)) or fits.get((headline, BASELINE, 0))
+    if key is None:
+        raise _nothing_kept(headline)
     return TunedDetector.load(_fit_output(store, key).local / "detector", prepared.backbone)
+
+
+def _nothing_kept(detector: str) -> StageError:
+    return StageError(
+        f"the loop kept no image and the detector {detector} needs anomalies; raise loop.lines, or confusion.upper for "
+        "a wider hard band"
+    )
 
 
 def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> list[Arm]:
@@ -238,8 +247,16 @@ def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopR
     real = _extracted(store, prepared, prepared.normals.train)
     if not (config.detect.drawn_normals and loop.normals.ids):
         return real, real
-    both = Features.join([prepared.train, loop.normals.features])
-    return real, _put(store, prepared, both, "train", [*prepared.normals.train.ids, *loop.normals.ids])
+    shown = range(0, len(loop.normals.ids), 2)
+    both = Features.join([prepared.train, loop.normals.features.take(shown)])
+    ids = [*prepared.normals.train.ids, *(loop.normals.ids[i] for i in shown)]
+    return real, _put(store, prepared, both, "train", ids)
+
+
+def unseen_drawn_normals(config: RunConfig, loop: LoopResult) -> Features:
+    """Drawn normal captions that the served detector was not trained with: the control of artefacts."""
+    first, step = (1, 2) if config.detect.drawn_normals else (0, 1)
+    return loop.normals.features.take(range(first, len(loop.normals.ids), step))
 
 
 def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies: int) -> str | None:
@@ -301,14 +318,12 @@ def _fit_all(
             "share": config.detect.share,
             "fits": missing,
         }
-        train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster)
+        train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster, gpus=False)
     return fits
 
 
 def _fit_output(store: Store, key: str) -> Output:
-    output = store.find("fit", key)
-    assert output is not None, f"fit/{key} was made but is not in the store"
-    return output
+    return store.reported("fit", key)
 
 
 def review(images: ImageSet, scores: np.ndarray, count: int) -> list[int]:

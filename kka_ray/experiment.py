@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from kka_ray import tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
-from kka_ray.config import config_hash, dump
+from kka_ray.config import config_hash, dump, load
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
-from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review
+from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.base import Features
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, Round
@@ -57,6 +57,8 @@ def run(
     Raises KkaError for what a user can mend.
     """
     started = time.perf_counter()
+    # Of what was written: the hash is not to change with the folder that relative paths begin at.
+    hash_ = config_hash(config)
     config = absolute(config)
     folder = Path(config.output) / config.name
     claim(folder, config)
@@ -74,8 +76,8 @@ def run(
             loop.close()
         evaluation = evaluate(config, store, prepared, result, progress)
     tuned = headline_detector(config, store, prepared, evaluation)
-    summary = summarise(config, prepared, result, evaluation, loop.budget)
-    summary["drawn_normals"] = artefacts(tuned, prepared.validation, result.normals.features)
+    summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
+    summary["drawn_normals"] = artefacts(tuned, prepared.validation, unseen_drawn_normals(config, result))
     _write_records(folder / "records", prepared, result, evaluation, tuned)
     tuned.save(folder / "detector")
     write_json(folder / "references.json", sorted(store.used))
@@ -90,18 +92,42 @@ def run(
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Makes the run's folder and writes its configuration. Raises ConfigError if another run lives there."""
-    file, text = folder / "config.yaml", dump(config)
-    if file.is_file() and file.read_text() != text:
-        raise ConfigError(
-            f"{folder} holds a run with another configuration. Give this one another name (-o name=NAME), or remove "
-            f"the folder; what both have in common stays in the store"
-        )
+    """Makes the run's folder and writes its configuration, whose paths are absolute.
+
+    The same run may be done elsewhere, in other places of the cluster and with another store. What an earlier end of it
+    refers to goes: until the next end it may refer to anything in the store. Raises ConfigError if a run with other
+    results lives there, ResourceError if the folder cannot be written.
+    """
+    file = folder / "config.yaml"
+    if file.is_file():
+        _check_same(file, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, text)
+        write_text(file, dump(config))
+        (folder / "references.json").unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(f"cannot write the run's folder {folder}: {error}") from error
+
+
+def _check_same(file: Path, config: RunConfig) -> None:
+    """Raises ConfigError unless the configuration in the file is one that has the same results."""
+    remedy = (
+        "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
+    )
+    try:
+        there, ours = _deciding(absolute(load(file, RunConfig))), _deciding(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file.parent} holds a run that cannot be gone on with. {remedy}.\n{error}") from error
+    differing = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
+    if differing:
+        raise ConfigError(f"{file.parent} holds a run with another configuration ({', '.join(differing)}). {remedy}")
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """What results depend on, by dotted name."""
+    incidental = {f"describe.sampler.{name}" for name in config.describe.sampler.INCIDENTAL}
+    values = config.model_dump(mode="json", exclude={"cluster", "store", "tracking", "output"})
+    return {name: value for name, value in tracking.flatten(values) if name not in incidental}
 
 
 def warnings(config: RunConfig, prepared: Prepared) -> list[str]:
@@ -117,16 +143,16 @@ def warnings(config: RunConfig, prepared: Prepared) -> list[str]:
 
 
 def summarise(
-    config: RunConfig, prepared: Prepared, result: LoopResult, evaluation: Evaluation, budget: int
+    config: RunConfig, hash_: str, prepared: Prepared, result: LoopResult, evaluation: Evaluation, budget: int
 ) -> dict[str, Any]:
-    """The run in numbers; docs/results.md says what each means."""
+    """The run in numbers; docs/run_folder.md says what each means. `hash_` is that of the configuration as written."""
     described = sum(len(r.descriptions) for r in result.rounds)
     drawn = sum(len(r.drawn.ids) for r in result.rounds)
     kept = result.rounds[-1].kept
     headline = config.detect.headline
     summary: dict[str, Any] = {
         "name": config.name,
-        "config_hash": config_hash(config),
+        "config_hash": hash_,
         "versions": versions.all_versions(),
         "detector": headline,
         "auc": {arm: evaluation.summary(headline, arm) for arm in ("baseline", "zeroth", "kka")},
@@ -260,12 +286,47 @@ def _write_records(
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Local paths made absolute: the workers' current folder is another."""
+    """Every relative path made absolute: the current folder of workers and trials is another.
+
+    `data.captions` stays as it is, being relative to `data.path`. Raises ConfigError if `output` is a URI.
+    """
+    if "://" in config.output:
+        raise ConfigError(
+            f"output is {config.output!r}, but runs are written into a folder: name one, as in -o output=/shared/kka. "
+            "What takes room can lie elsewhere, as in -o store.uri=s3://BUCKET/kka"
+        )
+    data, sampler, outside = config.data, config.describe.sampler, config.detect.outside
+    if not isinstance(data, FlowersData):
+        data = data.model_copy(update={"path": _from_root(data.path)})
+    if not isinstance(sampler, ApiSampler):
+        sampler = sampler.model_copy(update={"model": _model(sampler.model)})
     uri = config.store.uri
-    uri = uri if "://" in uri else str(Path(uri).resolve())
-    return config.model_copy(
-        update={"store": config.store.model_copy(update={"uri": uri}), "output": str(Path(config.output).resolve())}
-    )
+    changed: dict[str, dict[str, Any]] = {
+        "backbone": {"model": _model(config.backbone.model)},
+        "describe": {"sampler": sampler},
+        "render": {"pipeline": _model(config.render.pipeline)},
+        "detect": {"outside": outside and _from_root(outside)},
+        "tracking": {"uri": config.tracking.uri and _database(config.tracking.uri)},
+        "store": {"uri": uri if "://" in uri else _from_root(uri)},
+    }
+    sections = {name: getattr(config, name).model_copy(update=update) for name, update in changed.items()}
+    return config.model_copy(update={**sections, "data": data, "output": _from_root(config.output)})
+
+
+def _from_root(path: str) -> str:
+    """A relative path made absolute. An absolute one stays: on another node its links may lead elsewhere."""
+    return path if Path(path).is_absolute() else str(Path(path).resolve())
+
+
+def _model(reference: str) -> str:
+    """A reference of `kka_ray.assets`, a folder made absolute."""
+    return reference if reference.startswith(("builtin:", "hub:")) else _from_root(reference)
+
+
+def _database(uri: str) -> str:
+    """A tracking URI, a SQLite file made absolute."""
+    scheme = "sqlite:///"
+    return scheme + _from_root(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
 
 
 def _check_room(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -49,12 +50,21 @@ class Entry:
         return self.state in ("unused", "leftover")
 
 
-def collect(output: Path, store_uri: str, delete: bool) -> list[Entry]:
-    """Everything in the store at `store_uri`, by stage and key; `delete` removes what is unused and leftovers.
+@dataclass(frozen=True)
+class Inventory:
+    """What the store at `store_uri` holds, by stage and key, seen from the runs in the folder `output`."""
 
-    A run is a folder below `output` with `config.yaml` or `references.json`. As long as one of them has no readable
-    `references.json`, it was interrupted or still goes on, and no output counts as unused. Runs elsewhere that share
-    the store are not seen.
+    entries: list[Entry]
+    output: Path
+    store_uri: str
+
+
+def collect(output: Path, store_uri: str, delete: bool) -> Inventory:
+    """Everything in the store at `store_uri`; `delete` removes what is unused and leftovers.
+
+    A run is a folder below `output` with `config.yaml` or `references.json`, a sweep one with `sweep.yaml`. As long as
+    one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused.
+    Runs elsewhere that share the store are not seen.
 
     Raises DataError if there is no folder `output`, or if something is to be deleted and there is no run in it while
     the store lies elsewhere: that is more likely a wrong folder than a store that nobody wants.
@@ -77,11 +87,12 @@ def collect(output: Path, store_uri: str, delete: bool) -> list[Entry]:
         for entry in entries:
             if entry.state == "leftover":
                 _remove_attempt(store, entry)
-    return sorted(entries, key=lambda e: (e.stage, e.key))
+    return Inventory(sorted(entries, key=lambda e: (e.stage, e.key)), output, store_uri)
 
 
-def show_store(entries: Sequence[Entry], console: Console, deleted: bool) -> None:
+def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
     """A table of the stages, and what went or could go."""
+    entries = inventory.entries
     table = Table(title="store")
     table.add_column("stage")
     for name in ("outputs", "size", "used", "held", "unused", "leftovers"):
@@ -96,8 +107,8 @@ def show_store(entries: Sequence[Entry], console: Console, deleted: bool) -> Non
     unfinished = sorted({run for e in entries if e.state == "held" for run in e.runs})
     if unfinished:
         console.print(
-            f"{', '.join(unfinished)}: not finished, so every output is kept. Finish with `kka resume`, or remove the "
-            "folder",
+            f"{', '.join(unfinished)}: not finished, so every output is kept. Finish with `kka resume`, a sweep with "
+            "its command again, or remove the folder",
             highlight=False,
             soft_wrap=True,
         )
@@ -106,7 +117,9 @@ def show_store(entries: Sequence[Entry], console: Console, deleted: bool) -> Non
     if deleted:
         console.print(f"deleted {len(removable)} entries, {size}", highlight=False)
     elif removable:
-        console.print(f"{len(removable)} entries, {size}, can go: `kka gc --delete`", highlight=False)
+        command = ["kka", "gc", "--output", str(inventory.output), "--store", inventory.store_uri, "--delete"]
+        text = f"{len(removable)} entries, {size}, can go: `{shlex.join(command)}`"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("nothing can go", highlight=False)
 
@@ -129,7 +142,8 @@ def _totals(entries: Sequence[Entry]) -> list[str]:
 
 def _runs(output: Path, store: Path | None) -> Iterator[tuple[str, set[tuple[str, str]] | None]]:
     """Each run's name with the (stage, key) it refers to, None if it is not finished."""
-    folders = {file.parent for name in ("config.yaml", "references.json") for file in output.rglob(name)}
+    names = ("config.yaml", "sweep.yaml", "references.json")
+    folders = {file.parent for name in names for file in output.rglob(name)}
     for folder in sorted(folders):
         if store is not None and folder.resolve().is_relative_to(store):
             continue

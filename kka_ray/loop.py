@@ -304,6 +304,7 @@ class Loop:
             "config": self.config.preference.model_dump(mode="json"),
             "seed": self.config.seed * 1000 + number,
             "threads": self.config.cluster.train_threads,
+            "device": "cuda" if self.config.cluster.train_gpus and self.config.cluster.device == "auto" else "cpu",
             "versions": versions.computing(),
         }
         key = stage_key("dpo", dpo.VERSION, inputs)
@@ -319,12 +320,11 @@ class Loop:
                     "seed": inputs["seed"],
                     "inputs": inputs,
                     "trust_remote_code": sampler.trust_remote_code,
+                    "cluster": self.config.cluster,
                 }
                 self.streamer.rest_samplers()
                 train.run("dpo", train.dpo_worker, arguments, self.config.preference.workers, self.config.cluster)
-        output = self.store.find("dpo", key)
-        assert output is not None, "a DPO job ended without committing its adapter"
-        return output
+        return self.store.reported("dpo", key)
 
 
 def check_drawn(descriptions: list[Description], drawn: Drawn, number: int) -> None:

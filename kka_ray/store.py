@@ -93,12 +93,13 @@ class Output:
 
     @cached_property
     def local(self) -> Path:
-        """A folder on this machine with the files: the store's own where that is local, else a temporary copy."""
+        """A folder on this machine with the files: the store's own where that is local, else a copy that is there as
+        long as the store."""
         if self.store.is_local:
             for name in self.files:
                 self.read(name)
             return Path(self.store.path(self.stage, self.key, self.marker["attempt"]))
-        return self.download(Path(tempfile.mkdtemp(prefix=f"kka-{self.stage}-")))
+        return self.store.local_copy(self)
 
 
 @dataclass
@@ -143,6 +144,7 @@ class Store:
         self.used: set[tuple[str, str]] = set()
         """(stage, key) of every output that was found or committed: what a run refers to."""
         self._leases = leases
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
         try:
             self.filesystem, root = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
@@ -176,6 +178,27 @@ class Store:
             return None  # a marker cut short by a full disk: its output was never committed
         self.used.add((stage, key))
         return Output(self, stage, key, marker)
+
+    def reported(self, stage: str, key: str) -> Output:
+        """An output that another process says it has committed. Raises StoreError if this one does not see it."""
+        found = self.find(stage, key)
+        if found is None:
+            raise StoreError(
+                f"{stage}/{key} was made by a worker but is not in the store {self.uri} as it is seen from here; name "
+                "storage that all nodes share, as in -o store.uri=s3://BUCKET/kka or a mounted folder"
+            )
+        return found
+
+    def local_copy(self, output: Output) -> Path:
+        """A copy of an output on this machine, one for all who ask; it goes with the store."""
+        if self._copies is None:
+            self._copies = tempfile.TemporaryDirectory(prefix="kka-store-", ignore_cleanup_errors=True)
+        folder = Path(self._copies.name) / output.stage / output.key
+        if not folder.exists():
+            partial = folder.with_name(f".{output.key}-{uuid.uuid4().hex[:8]}")
+            output.download(partial)
+            partial.rename(folder)
+        return folder
 
     def commit(self, attempt: Attempt, inputs: Mapping[str, Any]) -> Output:
         """Writes the marker, after which the output exists. `inputs` is what its key was made of."""

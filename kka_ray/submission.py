@@ -27,7 +27,18 @@ from kka_ray.config import RunConfig, load
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 
-EXCLUDES = ("/data/", "/runs/", "/.venv/", "/.venv-*/", "/.git/", "/build/", "/dist/", "__pycache__/", ".*_cache/")
+EXCLUDES = (
+    "/data/",
+    "/runs/",
+    "/renderers/",
+    "/.venv/",
+    "/.venv-*/",
+    "/.git/",
+    "/build/",
+    "/dist/",
+    "__pycache__/",
+    ".*_cache/",
+)
 """What of the repository is not uploaded, as in .gitignore. `/data/` has its slash: `kka_ray/data` is source."""
 
 VERBS = ("run", "sweep")
@@ -103,7 +114,8 @@ def entry(wanted: Submission) -> str:
     else:
         config, prefix = load_sweep(file, wanted.overrides).base, "run."
     for name, value in (("output", config.output), ("store.uri", config.store.uri)):
-        if "://" not in value and not Path(value).is_absolute():
+        elsewhere = name == "store.uri" and "://" in value
+        if not elsewhere and not Path(value).is_absolute():
             raise ConfigError(
                 f"{name} is {value!r}, which a job would write into its upload, a temporary folder of the cluster. "
                 f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka"

@@ -85,6 +85,7 @@ class _Job:
     """What every trial is told."""
 
     trials: tuple[Trial, ...]
+    """Their paths are absolute."""
     reference: Reference
     tracking_uri: str
     experiment: str
@@ -114,10 +115,13 @@ def run(
         note(f"reference: {len(reference.ids)} drawn anomalies, the same for all {len(sweep.trials)} trials")
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output))
-        job = _Job(sweep.trials, reference, uri, base.tracking.experiment, parent, torch.get_num_threads())
+        # A trial's process has another current folder, so its paths are resolved here.
+        trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
+        job = _Job(trials, reference, uri, base.tracking.experiment, parent, torch.get_num_threads())
         try:
             outcomes = run_trials(run_trial, job, sweep, note)
             result = SweepResult(folder, outcomes, best_of(outcomes), reference.ids, None, _since(started))
+            # As it was written: its name is not to change with the folder that the sweep is started in.
             chosen = champion_config(sweep, sweep.trials[result.best.number])
             _write(result, sweep, chosen)
             if sweep.config.champion_evaluation:
@@ -190,16 +194,15 @@ def run_trials(
 def run_trial(settings: dict[str, Any], job: _Job) -> None:
     """One trial, in a process of its own."""
     trial = job.trials[settings["trial"]]
-    config = absolute(trial.config)
-    output = Path(config.output)
+    output = Path(trial.config.output)
     mlflow_run = tracking.start_run(
-        job.tracking_uri, job.experiment, config.name, trial.overrides, output=output, parent=job.parent
+        job.tracking_uri, job.experiment, trial.config.name, trial.overrides, output=output, parent=job.parent
     )
     # The champion's own run judges in the driver: with as many threads here, its stages are the same to the last bit.
     torch.set_num_threads(job.threads)
     try:
         with threadpool_limits(job.threads):
-            outcome = measure(trial, config, job.reference, mlflow_run)
+            outcome = measure(trial, trial.config, job.reference, mlflow_run)
     except BaseException:
         tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)
         raise
@@ -373,10 +376,15 @@ def _short(value: Any) -> str:
 
 
 def _claim(folder: Path, config: SweepConfig) -> None:
+    """Makes the sweep's folder and writes its configuration. Raises ConfigError if a run lives there.
+
+    What an earlier end of the sweep refers to goes: until the next end it may refer to anything in the store.
+    """
     if (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds a run; give the sweep another name (-o name=NAME)")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.yaml").write_text(dump(config))
+    (folder / "references.json").unlink(missing_ok=True)
 
 
 def _write(result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:

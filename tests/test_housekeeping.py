@@ -31,8 +31,8 @@ def store(tmp_path) -> Store:
     return Store(str(tmp_path / "runs" / "store"))
 
 
-def _states(entries) -> dict:
-    return {(e.stage, e.key): e.state for e in entries}
+def _states(inventory) -> dict:
+    return {(e.stage, e.key): e.state for e in inventory.entries}
 
 
 def _age(path: Path, seconds: float) -> None:
@@ -47,15 +47,15 @@ def test_references_are_followed_through_the_markers(store, tmp_path):
     last = _make(store, "dpo", {"pairs": second, "more": [{"previous": adapter}]})
     other = _make(store, "sample", {"adapter": last})
     _run(tmp_path / "runs", "demo", [["dpo", last], ["fit", "0" * 24]])
-    entries = collect(tmp_path / "runs", store.uri, delete=False)
-    assert _states(entries) == {
+    inventory = collect(tmp_path / "runs", store.uri, delete=False)
+    assert _states(inventory) == {
         ("dpo", adapter): "used",
         ("dpo", last): "used",
         ("pairs", first): "used",
         ("pairs", second): "used",
         ("sample", other): "unused",
     }
-    assert {e.runs for e in entries if e.state == "used"} == {("demo",)}
+    assert {e.runs for e in inventory.entries if e.state == "used"} == {("demo",)}
 
 
 def test_deleting_takes_what_is_unused_and_leaves_the_rest(store, tmp_path):
@@ -63,8 +63,8 @@ def test_deleting_takes_what_is_unused_and_leaves_the_rest(store, tmp_path):
     _run(tmp_path / "runs", "demo", [["fit", used]])
     collect(tmp_path / "runs", store.uri, delete=False)
     assert store.find("fit", unused)
-    entries = collect(tmp_path / "runs", store.uri, delete=True)
-    assert _states(entries)["fit", unused] == "unused"
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory)["fit", unused] == "unused"
     assert store.find("fit", unused) is None
     assert not Path(store.path("fit", unused)).exists()
     assert store.find("fit", used).read("data") == b"0123456789"
@@ -78,13 +78,25 @@ def test_an_unfinished_run_holds_every_output(store, tmp_path, damaged):
     _run(tmp_path / "runs", "sweep/broken", None)
     if damaged:
         (tmp_path / "runs" / "sweep" / "broken" / "references.json").write_text('[["fit"')
-    entries = collect(tmp_path / "runs", store.uri, delete=True)
-    assert _states(entries) == {("fit", used): "used", ("fit", other): "held"}
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {("fit", used): "used", ("fit", other): "held"}
     assert store.find("fit", other)
     text = io.StringIO()
-    show_store(entries, Console(file=text, width=150), deleted=True)
+    show_store(inventory, Console(file=text, width=150), deleted=True)
     assert "sweep/broken: not finished, so every output is kept" in text.getvalue()
     assert "deleted 0 entries" in text.getvalue()
+
+
+def test_a_sweep_in_progress_holds_every_output(store, tmp_path):
+    used, other = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    (tmp_path / "runs" / "tried").mkdir()
+    (tmp_path / "runs" / "tried" / "sweep.yaml").write_text("name: tried\n")
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {("fit", used): "used", ("fit", other): "held"}
+    assert store.find("fit", other)
+    (tmp_path / "runs" / "tried" / "references.json").write_text(json.dumps([["fit", other]]))
+    assert set(_states(collect(tmp_path / "runs", store.uri, delete=True)).values()) == {"used"}
 
 
 def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
@@ -98,15 +110,15 @@ def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
     for path in (Path(store.path("fit", key, superseded.name)), Path(store.path("render", "a" * 24)), marker):
         _age(path, 2 * 86400)
     _age(Path(store.path("fit", key, store.find("fit", key).marker["attempt"])), 9 * 86400)
-    entries = collect(tmp_path / "runs", store.uri, delete=True)
-    assert _states(entries) == {
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {
         ("fit", key): "used",
         ("fit", f"{key}/{superseded.name}"): "leftover",
         ("fit", f"{key}/{young.name}"): "growing",
         ("fit", f"{key}/{marker.name}"): "leftover",
         ("render", f"{'a' * 24}/{lost.name}"): "leftover",
     }
-    assert {e.size for e in entries if e.state in ("leftover", "growing")} == {1000, 1}
+    assert {e.size for e in inventory.entries if e.state in ("leftover", "growing")} == {1000, 1}
     left = _states(collect(tmp_path / "runs", store.uri, delete=False))
     assert left == {("fit", key): "used", ("fit", f"{key}/{young.name}"): "growing"}
     assert store.find("fit", key).read("data") == b"0123456789"
@@ -119,7 +131,7 @@ def test_an_unused_output_goes_with_its_old_attempts(store, tmp_path):
     attempt.write("data", b"x")
     _age(Path(store.path("fit", key, attempt.name)), 2 * 86400)
     collect(tmp_path / "runs", store.uri, delete=True)
-    assert collect(tmp_path / "runs", store.uri, delete=False) == []
+    assert collect(tmp_path / "runs", store.uri, delete=False).entries == []
 
 
 def test_a_wrong_folder_of_runs_does_not_empty_a_store_elsewhere(tmp_path):
@@ -137,8 +149,8 @@ def test_a_store_that_is_no_folder_is_kept_house_of_too(tmp_path):
     store = Store(f"memory://{uuid.uuid4().hex}")
     used, unused = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
     _run(tmp_path / "runs", "demo", [["fit", used]])
-    entries = collect(tmp_path / "runs", store.uri, delete=True)
-    assert _states(entries) == {("fit", used): "used", ("fit", unused): "unused"}
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {("fit", used): "used", ("fit", unused): "unused"}
     assert [o.key for o in store.outputs()] == [used]
 
 
@@ -148,5 +160,15 @@ def test_the_table_says_what_can_go(store, tmp_path):
     _run(tmp_path / "runs", "demo", [["fit", used]])
     text = io.StringIO()
     show_store(collect(tmp_path / "runs", store.uri, delete=False), Console(file=text, width=150), deleted=False)
-    assert "1 entries, 2.0 MB, can go: `kka gc --delete`" in text.getvalue()
+    assert "1 entries, 2.0 MB, can go: `kka gc " in text.getvalue()
     assert "1 (3.0 MB)" in text.getvalue()
+
+
+def test_the_command_that_deletes_is_said_whole(tmp_path):
+    runs = tmp_path / "my runs"
+    store = Store(str(tmp_path / "shared"))
+    _make(store, "fit", {"n": 1})
+    _run(runs, "demo", [])
+    text = io.StringIO()
+    show_store(collect(runs, store.uri, delete=False), Console(file=text, width=40), deleted=False)
+    assert f"`kka gc --output '{runs}' --store {store.uri} --delete`" in text.getvalue()

@@ -1,3 +1,4 @@
+import gc
 import json
 import resource
 from pathlib import Path
@@ -30,6 +31,26 @@ def test_made_once_then_found(store: Store) -> None:
     assert again.json("value") == {"a": 1.5}
     assert (again.local / "folder" / "raw.bin").read_bytes() == b"abc"
     assert [o.key for o in store.outputs()] == [first.key]
+
+
+def test_a_remote_output_is_copied_once_and_the_copy_goes_with_the_store(tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    made = store.get_or_make("stage", 1, {}, lambda a: a.write("folder/file", b"abc"))
+    copy = made.local
+    assert (copy / "folder" / "file").read_bytes() == b"abc"
+    found = store.find("stage", made.key)
+    assert found is not None
+    assert found.local == copy
+    del made, found, store
+    gc.collect()
+    assert not copy.exists()
+
+
+def test_what_a_worker_reports_but_nobody_else_sees_is_explained(store: Store) -> None:
+    key = store.get_or_make("stage", 1, {}, lambda a: a.json([], "x")).key
+    assert store.reported("stage", key).key == key
+    with pytest.raises(StoreError, match="storage that all nodes share"):
+        store.reported("stage", "another")
 
 
 def test_every_input_changes_the_key() -> None:

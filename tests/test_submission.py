@@ -126,6 +126,9 @@ def test_the_entry_point_names_the_file_from_the_repository_and_quotes_overrides
         "python -m jobs.entry run run.yaml -o output=/shared/kka -o store.uri=/shared/kka/store "
         "-o 'describe.instruction=two words'"
     )
+    assert "s3://b/kka" in entry(
+        Submission("run", repository / "run.yaml", (SHARED[0], "store.uri=s3://b/kka"), repository)
+    )
     shared = tuple(f"run.{o}" for o in SHARED)
     assert entry(Submission("sweep", repository / "sweep.yaml", shared, repository)).startswith(
         "python -m jobs.entry sweep sweep.yaml -o run.output="
@@ -138,6 +141,7 @@ def test_the_entry_point_names_the_file_from_the_repository_and_quotes_overrides
         ("train", "run.yaml", SHARED, "one of run, sweep"),
         ("run", "run.yaml", (), "temporary folder of the cluster.*-o output="),
         ("run", "run.yaml", SHARED[:1], "-o store.uri="),
+        ("run", "run.yaml", ("output=s3://bucket/kka", SHARED[1]), "-o output="),
         ("sweep", "sweep.yaml", (), "-o run.output="),
         ("run", "run.yaml", (*SHARED, "loop.ronds=1"), "did you mean 'rounds'"),
         ("run", "../outside.yaml", SHARED, "is not below"),

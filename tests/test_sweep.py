@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +19,12 @@ from kka_ray import assets, objective, sweep
 from kka_ray.cluster import fits, train
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config import load
-from kka_ray.config.models import RunConfig
-from kka_ray.config.sweep import Sweep, Trial, load_sweep
+from kka_ray.config.models import Cifar100Data, RunConfig
+from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.errors import ResourceError, StageError
+from kka_ray.experiment import absolute
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
@@ -154,7 +155,9 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
 ) -> None:
     jobs: list[dict[str, Any]] = []
 
-    def run(name: str, function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], *rest: Any) -> None:
+    def run(
+        name: str, function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], *_: Any, **__: Any
+    ) -> None:
         jobs.append(arguments)
         function({**arguments, "threads": 1})
 
@@ -329,6 +332,52 @@ def test_a_sweep_writes_its_results_and_a_tree_of_tracked_runs(
     assert all(set(r.data.params) == set(small.config.parameters) for r in children)
     assert parent.info.status == "FINISHED"
     assert asked == ([(load(folder / "best.yaml", RunConfig).name, parent.info.run_id)] if champion else [])
+
+
+def test_trials_keep_what_they_make_in_the_drivers_folders(
+    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune starts each trial in a folder of its own."""
+    seen: list[RunConfig] = []
+
+    def measured(trial: Trial, config: RunConfig, *_: Any) -> Outcome:
+        seen.append(absolute(config))
+        return Outcome(trial.number, {}, 0.5)
+
+    def trials(function: Callable[[dict[str, Any], Any], None], job: Any, swept: Sweep, note: Any) -> list[Outcome]:
+        (tmp_path / "trial").mkdir()
+        monkeypatch.chdir(tmp_path / "trial")
+        for trial in swept.trials:
+            function({"trial": trial.number}, job)
+        monkeypatch.chdir(tmp_path)
+        return [Outcome(t.number, t.overrides, 0.5) for t in swept.trials]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep, "make_reference", lambda *_: reference_of(zeroth()))
+    monkeypatch.setattr(sweep, "measure", measured)
+    monkeypatch.setattr(sweep, "run_trials", trials)
+    monkeypatch.setattr(sweep.tune, "report", lambda metrics: None)
+    monkeypatch.setattr(sweep.tracking, "start_run", lambda *_, **__: "run")
+    monkeypatch.setattr(sweep.tracking, "end_run", lambda *_, **__: None)
+    here = {"data": Cifar100Data(kind="cifar100", path="cifar100"), "output": "out"}
+    ours = tuple(replace(t, config=t.config.model_copy(update=here)) for t in small.trials)
+    config = small.config.model_copy(update={"champion_evaluation": False})
+    sweep.run(Sweep(config, small.base.model_copy(update=here), ours), sweep._quiet, pytest.fail, lambda text: None)
+
+    assert seen == [absolute(t.config) for t in ours]
+    assert all(c.output == str(tmp_path / "out") for c in seen)
+    best = load(tmp_path / "out" / "smoke" / "best.yaml", RunConfig)
+    assert best == champion_config(Sweep(config, small.base, ours), ours[0]), "its name has nothing of this folder"
+
+
+def test_a_sweep_that_is_started_again_refers_to_everything(small: Sweep, tmp_path: Path) -> None:
+    sweep._claim(tmp_path, small.config)
+    (tmp_path / "references.json").write_text("[]")
+    sweep._claim(tmp_path, small.config)
+    assert [f.name for f in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
 def tiny() -> Callable[[dict[str, Any], Path], None]:

@@ -148,7 +148,7 @@ def make_plan(config: RunConfig) -> Plan:
         else:
             generating = [Phase("describe, render and prefer", (samplers, renderers, dpo))]
     kinds = ", ".join(d.kind for d in config.detect.detectors)
-    detect = _train(config, "detector workers", config.detect.workers, kinds, config.backbone.model)
+    detect = _train(config, "detector workers", config.detect.workers, kinds, config.backbone.model, gpus=False)
     return Plan((*generating, Phase("detect", (detect,))))
 
 
@@ -156,11 +156,10 @@ def _pool(name: str, pool: PoolConfig, engine: str, model: str) -> Share:
     return Share(name, pool.workers, pool.cpus, pool.gpus, pool.threads, engine, weights_bytes(model))
 
 
-def _train(config: RunConfig, name: str, workers: int, engine: str, model: str) -> Share:
+def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, *, gpus: bool = True) -> Share:
     cluster = config.cluster
-    return Share(
-        name, workers, cluster.train_cpus, cluster.train_gpus, cluster.train_threads, engine, weights_bytes(model)
-    )
+    each = cluster.train_gpus if gpus else 0.0
+    return Share(name, workers, cluster.train_cpus, each, cluster.train_threads, engine, weights_bytes(model))
 
 
 def weights_bytes(reference: str) -> int | None:

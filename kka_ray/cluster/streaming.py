@@ -9,20 +9,31 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from kka_ray import assets, versions
 from kka_ray.cluster.budget import BudgetError, ErrorBudget
 from kka_ray.cluster.pool import Pool, drain
-from kka_ray.cluster.workers import RenderTask, RenderWorker, SamplerWorker, SampleTask, ScoreTask, line_ids, start
-from kka_ray.config.models import RunConfig
+from kka_ray.cluster.workers import (
+    RenderTask,
+    RenderWorker,
+    SamplerWorker,
+    SampleTask,
+    ScoreTask,
+    device_of,
+    line_ids,
+    start,
+)
+from kka_ray.config.models import ClusterConfig, PoolConfig, RunConfig
 from kka_ray.data.decode import decode
 from kka_ray.describe.guard import Guard
 from kka_ray.describe.sampler import engine_versions, model_identity
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features
+from kka_ray.features.device import has_bfloat16
 from kka_ray.prepare import Prepared, feature_inputs
 from kka_ray.records import Description, Prompt, Rendering, from_table
-from kka_ray.store import Output, Store
+from kka_ray.store import Store
 
 NORMALS_ROUND = -1
 """What `Rendering.round` says of drawn normal captions, which belong to no round."""
@@ -113,6 +124,7 @@ class Streamer:
             "model": self.sampler_identity,
             "sampler": sampler_config(self.config),
             "threads": self.config.cluster.samplers.threads,
+            "device": computes_on(self.config.cluster.samplers, self.config.cluster),
             "versions": self._sampler_versions,
         }
 
@@ -213,7 +225,7 @@ class Streamer:
 
     def _read_images(self, key: str) -> Drawn:
         """What a chunk drew; its failed rows count against the budget."""
-        output = self._output("render", key)
+        output = self.store.reported("render", key)
         renderings = from_table(Rendering, output.table())
         for row in renderings:
             if row.status == "failed":
@@ -235,11 +247,6 @@ class Streamer:
         """Drops the chunks with failed rows from the store, so that the same command tries them again."""
         for stage, key in self._failures:
             self.store.remove(stage, key)
-
-    def _output(self, stage: str, key: str) -> Output:
-        output = self.store.find(stage, key)
-        assert output is not None, f"{stage}/{key} was reported but is not in the store"
-        return output
 
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
         config, lines = self.config.describe, self.config.loop.lines
@@ -275,7 +282,7 @@ class Streamer:
         self, key: str, number: int, descriptions: list[Description], drawn: Drawn
     ) -> list[tuple[str, str, str]]:
         """Judges a chunk's lines; returns (id, text, prompt id) of those that may be drawn."""
-        output = self._output("sample", key)
+        output = self.store.reported("sample", key)
         drawn.seconds["describe"] = drawn.seconds.get("describe", 0.0) + output.seconds
         if "usage.json" in output.files:
             drawn.usage.update(output.json("usage"))
@@ -315,6 +322,7 @@ class Streamer:
             "model": self.renderer_identity,
             "config": render_config(config),
             "threads": config.cluster.renderers.threads,
+            "device": computes_on(config.cluster.renderers, config.cluster),
             "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
             "versions": versions.computing(),
         }
@@ -329,6 +337,16 @@ class Streamer:
         drawn.images += [image for chunk in chunks for image in chunk.images]
         drawn.features = Features.join([chunk.features for chunk in chunks]) if chunks else self.prepared.train.take([])
         drawn.seconds["render"] = sum(chunk.seconds["render"] for chunk in chunks)
+
+
+def computes_on(pool: PoolConfig, cluster: ClusterConfig) -> str:
+    """What the actors of a pool compute on, as far as results depend on it: a GPU, or a CPU with or without bfloat16.
+
+    A pool's machines are taken to be of one kind, which is this one's kind where they have no GPU.
+    """
+    if device_of(pool, cluster.device) == "cuda":
+        return "cuda"
+    return "cpu, bfloat16" if has_bfloat16(torch.device("cpu")) else "cpu"
 
 
 def sampler_config(config: RunConfig) -> dict[str, Any]:

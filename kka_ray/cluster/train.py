@@ -32,24 +32,32 @@ def run(
     arguments: Mapping[str, Any],
     workers: int,
     cluster: ClusterConfig,
+    *,
+    gpus: bool = True,
 ) -> None:
     """Runs `function(arguments)` on `workers` processes of one Ray Train job and waits for its end.
+
+    Each takes `cluster.train_cpus`, and `cluster.train_gpus` unless `gpus` is False: a function that computes on the
+    CPU is not to hold a GPU.
 
     The function writes what it makes into the store. A worker that dies has the job started again, up to
     `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
     used before would load the old job's state.
     """
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
+    each = cluster.train_gpus if gpus else 0.0
+    # NCCL reduces what lies on GPUs alone.
+    backend = None if each and cluster.device == "auto" else "gloo"
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         for restarts in itertools.count():
             trainer = TorchTrainer(
                 function,
-                torch_config=TorchConfig(backend="gloo" if cluster.device == "cpu" else None),
+                torch_config=TorchConfig(backend=backend),
                 train_loop_config={**arguments, "threads": cluster.train_threads},
                 scaling_config=ScalingConfig(
                     num_workers=workers,
-                    use_gpu=cluster.train_gpus > 0,
-                    resources_per_worker=_resources(cluster),
+                    use_gpu=each > 0,
+                    resources_per_worker={"CPU": cluster.train_cpus} | ({"GPU": each} if each else {}),
                 ),
                 run_config=RunConfig(
                     name=unique,
@@ -72,13 +80,6 @@ def _unattended(error: Exception) -> bool:
     if isinstance(error, ControllerError):
         error = error.controller_failure
     return isinstance(error, RayActorError)
-
-
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
-    resources = {"CPU": cluster.train_cpus}
-    if cluster.train_gpus:
-        resources["GPU"] = cluster.train_gpus
-    return resources
 
 
 def _reason(name: str, error: Exception) -> KkaError:
@@ -131,6 +132,7 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
             work / "result" / "adapter",
             work / "trl",
             workers=workers,
+            cpu=device(arguments["cluster"]).type == "cpu",
             trust_remote_code=arguments["trust_remote_code"],
         )
         if number == 0:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kka_ray.render.renderer import Renderer
 
 SAMPLE_VERSION = 7
+_UNKNOWN = "unknown"
+"""No adapter's key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,9 @@ class SamplerWorker:
     def _use(self, adapter: str | None) -> None:
         if adapter == self.adapter:
             return
-        self.engine.load_adapter(_adapter_folder(self.store, adapter))
+        folder = _adapter_folder(self.store, adapter)
+        self.adapter = _UNKNOWN  # until it is loaded whole: half of an adapter is no policy
+        self.engine.load_adapter(folder)
         self.adapter = adapter
 
     def _sample(self, task: SampleTask) -> list[dict[str, str]]:
@@ -246,8 +250,12 @@ def start(cls: type, pool: PoolConfig, device: str, group: Any, *arguments: Any)
         options["runtime_env"] = environment
     if group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
-    on = "cuda" if pool.gpus and device == "auto" else "cpu"
-    return ray.remote(**options)(cls).remote(*arguments, pool.threads, on)
+    return ray.remote(**options)(cls).remote(*arguments, pool.threads, device_of(pool, device))
+
+
+def device_of(pool: PoolConfig, device: str) -> str:
+    """`cuda` where a pool's actors compute on GPUs, else `cpu`; `device` is `cluster.device`."""
+    return "cuda" if pool.gpus and device == "auto" else "cpu"
 
 
 def runtime_env(config: RuntimeEnv) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def train_dpo(
     target: Path,
     work: Path,
     *,
+    cpu: bool,
     workers: int = 1,
     trust_remote_code: bool = False,
 ) -> DpoResult:
@@ -68,9 +69,11 @@ def train_dpo(
         model: reference of the base model (see `kka_ray.assets`).
         previous: the last round's adapter, or None for a new one.
         work: folder for TRL's own files.
+        cpu: compute on the CPU, whatever GPUs this process sees.
         workers: processes that take part, each with a shard of every batch.
 
-    Raises StageError if the loss is not finite or no weight changed, ConfigError for impossible settings.
+    Raises StageError if the loss is not finite, no weight changed or `config.max_length` cuts off all that a pair
+    differs by; ConfigError for impossible settings.
     """
     if config.batch % (workers * config.micro_batch):
         raise ConfigError(
@@ -86,7 +89,7 @@ def train_dpo(
     policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
     trainer = PackedDPOTrainer(
         model=policy,
-        args=_arguments(config, seed, work, workers),
+        args=_arguments(config, seed, work, workers, cpu=cpu),
         data_collator=Packer(config.max_length),
         train_dataset=Dataset.from_list(
             [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
@@ -175,7 +178,7 @@ def _lora(config: PreferenceConfig) -> LoraConfig:
     )
 
 
-def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int) -> DPOConfig:
+def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int, *, cpu: bool) -> DPOConfig:
     return DPOConfig(
         output_dir=str(work),
         beta=config.beta,
@@ -188,7 +191,7 @@ def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int) ->
         max_length=config.max_length,
         bf16=config.dtype == "bfloat16",
         gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=cpu,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

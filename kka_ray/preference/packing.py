@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from kka_ray.errors import StageError
+
 Tokens = tuple[int, ...]
 Line = tuple[Tokens, Tokens]
 """Tokens of a prompt and of a line after it."""
@@ -35,14 +37,22 @@ class Packer:
         `logits_to_keep` (K,) are the places whose logits are wanted; token t of the lines is `targets[t]`, predicted
         at the kept place `predicted_at[t]`, and belongs to line `line_of[t]`; `chosen` and `rejected` (B,) are lines,
         `lines` their tokens.
+
+        Raises StageError if the cut leaves no token by which a pair's lines differ: it would teach nothing.
         """
         lines: dict[Line, int] = {}
         sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
         for pair in pairs:
             prompt = tuple(pair["prompt_ids"])
+            room = max(self.max_length - len(prompt), 0)
+            cut = {side: tuple(pair[f"{side}_ids"])[:room] for side in sides}
+            if cut["chosen"] == cut["rejected"]:
+                raise StageError(
+                    f"a prompt has {len(prompt)} of the {self.max_length} tokens of preference.max_length, which cuts "
+                    "off all that its lines differ by: raise preference.max_length, or lower describe.examples"
+                )
             for side, members in sides.items():
-                line = (prompt, tuple(pair[f"{side}_ids"])[: self.max_length - len(prompt)])
-                members.append(lines.setdefault(line, len(lines)))
+                members.append(lines.setdefault((prompt, cut[side]), len(lines)))
         return {**_pack(list(lines)), **{side: torch.tensor(members) for side, members in sides.items()}}
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from kka_ray.cluster.estimate import estimate, total
 from kka_ray.cluster.plan import Plan, make_plan
-from kka_ray.cluster.streaming import render_config, sample_config, sampler_config
+from kka_ray.cluster.streaming import computes_on, render_config, sample_config, sampler_config
 from kka_ray.config import load
-from kka_ray.config.models import ClusterConfig, FlowersData, LoopConfig, PoolConfig, RunConfig
+from kka_ray.config.models import ClusterConfig, FlowersData, LoopConfig, PoolConfig, PreferenceConfig, RunConfig
 from kka_ray.errors import ResourceError
 from kka_ray.store import Attempt, Store
 
@@ -49,6 +49,18 @@ def test_a_process_must_fit_one_node() -> None:
     with pytest.raises(ResourceError, match="DPO workers"):
         wanted.check([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}])
     wanted.check([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}])
+
+
+def test_detectors_are_fitted_on_cpus_and_hold_no_gpu() -> None:
+    shares = {share.name: share for phase in plan(train_gpus=1).phases for share in phase.shares}
+    assert shares["DPO workers"].gpus == 1
+    assert shares["detector workers"].gpus == 0
+
+
+def test_dpo_workers_that_may_share_a_gpu_are_refused() -> None:
+    shared = {"cluster": ClusterConfig(train_gpus=0.4), "preference": PreferenceConfig(workers=2)}
+    with pytest.raises(ValueError, match=r"set cluster\.train_gpus=1 or preference\.workers=1"):
+        RunConfig(name="x", data=FlowersData(kind="flowers"), **shared)  # type: ignore[arg-type]
 
 
 def test_a_fraction_must_fit_one_gpu() -> None:
@@ -117,6 +129,14 @@ def test_the_time_is_that_of_the_same_stages_before(tmp_path: Path) -> None:
     rows = estimate(asked, store)
     assert total(rows, turns=False) == pytest.approx(512 + 27, rel=0.01)
     assert total(rows, turns=True) == pytest.approx(512 + 192 + 27, rel=0.01)
+
+
+def test_keys_tell_what_is_computed_on() -> None:
+    asked = ClusterConfig()
+    on_gpu, on_cpu = computes_on(gpus(0.5), asked), computes_on(PoolConfig(), asked)
+    assert on_gpu == "cuda"
+    assert on_cpu.startswith("cpu")
+    assert computes_on(gpus(0.5), ClusterConfig(device="cpu")) == on_cpu
 
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "gpu"

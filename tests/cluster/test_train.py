@@ -47,6 +47,7 @@ def test_two_dpo_workers_train_as_one_does(tmp_path: Path) -> None:
                 "seed": 0,
                 "inputs": inputs,
                 "trust_remote_code": False,
+                "cluster": cluster,
             }
             train.run("dpo", train.dpo_worker, arguments, workers, cluster)
             output = store.find("dpo", stage_key("dpo", dpo.VERSION, inputs))

@@ -49,7 +49,7 @@ def test_prompts_at_fault_are_rows_and_numbers_that_are_not_finite_raise(tmp_pat
     before = sorted(tmp_path.rglob("*"))
     worker.probe(task)
     assert sorted(tmp_path.rglob("*")) == before, "a probe keeps nothing"
-    weight = next(worker.engine._model.parameters())  # type: ignore[attr-defined]
+    weight = next(worker.engine.model.parameters())  # type: ignore[attr-defined]
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):

@@ -43,7 +43,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ):
         settings = config.model_copy(update={"reference": reference})
         before = folder / previous if previous else None
-        results[name] = train_dpo(pairs(), MODEL, before, settings, 0, folder / name, folder / "work")
+        results[name] = train_dpo(pairs(), MODEL, before, settings, 0, folder / name, folder / "work", cpu=True)
     assert all(r.loss_last < r.loss_first and r.margin > 0 for r in results.values())
     # Against the base model the second round begins where the first one ended; against that one it begins at ln 2.
     assert results["base"].loss_first < 0.6
@@ -60,11 +60,11 @@ def test_packed_batches_train_as_trl_does(tmp_path: Path) -> None:
     from kka_ray.preference import dpo
 
     config = PreferenceConfig(steps=3, batch=4, micro_batch=4, warmup=0, learning_rate=1e-3)
-    ours = dpo.train_dpo(pairs(), MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "ours")
+    ours = dpo.train_dpo(pairs(), MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "ours", cpu=True)
     path = assets.resolve(MODEL).path
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        args=dpo._arguments(config, 0, tmp_path / "theirs", 1),
+        args=dpo._arguments(config, 0, tmp_path / "theirs", 1, cpu=True),
         train_dataset=Dataset.from_list(
             [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs()]
         ),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kka_ray.errors import StageError
 from kka_ray.preference.packing import Packer, SamePromptSampler, log_probs
 
 PAIRS = [
@@ -50,6 +51,20 @@ def test_each_prompt_and_each_line_is_read_once() -> None:
 def test_long_lines_are_cut() -> None:
     batch = Packer(6)(PAIRS[:1])
     assert [line for _, line in batch["lines"]] == [(9, 10), (11, 12)]
+
+
+def test_a_prompt_that_leaves_no_room_for_its_lines_is_an_error() -> None:
+    for max_length in (3, 4):
+        with pytest.raises(StageError, match=r"4 of the . tokens of preference\.max_length.*describe\.examples"):
+            Packer(max_length)(PAIRS[:1])
+    assert len(Packer(5)(PAIRS[:1])["lines"]) == 2
+
+
+def test_lines_that_a_cut_would_make_equal_are_an_error() -> None:
+    alike = {"prompt_ids": [5, 6], "chosen_ids": [9, 10, 11], "rejected_ids": [9, 10, 12]}
+    with pytest.raises(StageError, match=r"preference\.max_length"):
+        Packer(4)([alike])
+    assert len(Packer(5)([alike])["lines"]) == 2
 
 
 def test_the_sampler_gives_all_pairs_in_blocks_of_few_prompts() -> None:

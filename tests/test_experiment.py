@@ -1,0 +1,161 @@
+"""A run's folder: whose it is, and paths that hold wherever a process works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kka_ray.config import RunConfig, config_hash, load
+from kka_ray.errors import ConfigError
+from kka_ray.experiment import absolute, claim
+
+
+def run_config(**values: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}} | values)
+
+
+def test_every_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = run_config(
+        data={"kind": "folder", "path": "screws", "description": "a screw", "captions": "captions.csv"},
+        backbone={"model": "models/backbone"},
+        describe={"sampler": {"kind": "transformers", "model": "models/llm"}},
+        render={"pipeline": "../pipeline"},
+        detect={"outside": "others"},
+        tracking={"uri": "sqlite:///tracked.db"},
+        store={"uri": "kept"},
+        output="runs",
+    )
+    found = absolute(given)
+    here = str(tmp_path)
+    assert found.data.model_dump(include={"path", "captions"}) == {"path": f"{here}/screws", "captions": "captions.csv"}
+    assert found.backbone.model == f"{here}/models/backbone"
+    assert found.describe.sampler.model == f"{here}/models/llm"
+    assert found.render.pipeline == str(tmp_path.parent / "pipeline")
+    assert found.detect.outside == f"{here}/others"
+    assert found.tracking.uri == f"sqlite:///{here}/tracked.db"
+    assert (found.store.uri, found.output) == (f"{here}/kept", f"{here}/runs")
+    assert absolute(found) == found
+
+
+def test_what_is_no_relative_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    given = run_config(
+        data={"kind": "cifar100", "path": str(tmp_path / "link")},
+        describe={"sampler": {"kind": "api", "base_url": "http://localhost:8000/v1", "model": "org/llm"}},
+        loop={"rounds": 0},
+        render={"pipeline": "hub:org/pipeline"},
+        tracking={"uri": "http://tracking:5000"},
+        store={"uri": "s3://bucket/kka"},
+        output=str(tmp_path / "runs"),
+    )
+    assert absolute(given) == given
+    assert absolute(run_config(output="/runs", store={"uri": "/s"})) == run_config(output="/runs", store={"uri": "/s"})
+
+
+def test_runs_are_not_written_to_a_uri() -> None:
+    with pytest.raises(ConfigError, match=r"output is 's3://bucket/runs'.*-o output=.*-o store\.uri="):
+        absolute(run_config(output="s3://bucket/runs"))
+
+
+def test_a_run_goes_on_in_other_places_and_its_file_says_so(tmp_path: Path) -> None:
+    vllm = {"kind": "vllm", "gpu_memory": 0.9}
+    claim(tmp_path, run_config(describe={"sampler": vllm}, cluster={"samplers": {"gpus": 1}}))
+    moved = run_config(
+        describe={"sampler": vllm | {"gpu_memory": 0.5}},
+        cluster={"samplers": {"gpus": 1}, "start_timeout": 60, "max_failed_share": 0.9},
+        store={"uri": "s3://bucket/kka"},
+        tracking={"experiment": "other"},
+        output="/elsewhere",
+    )
+    claim(tmp_path, moved)
+    assert load(tmp_path / "config.yaml", RunConfig) == moved
+
+
+def test_a_run_that_an_older_release_began_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run_config(data={"kind": "cifar100", "path": "cifar100"})
+    values = config.model_dump(mode="json")
+    del values["detect"]["views"]  # a field that it did not have; and it left the data's path as it was
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    claim(tmp_path, absolute(config))
+    assert load(tmp_path / "config.yaml", RunConfig) == absolute(config)
+
+
+def test_a_run_with_other_results_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
+    claim(tmp_path, run_config())
+    before = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "references.json").write_text("[]")
+    other = run_config(seed=1, confusion={"upper": 6}, cluster={"in_flight": 3})
+    with pytest.raises(ConfigError, match=r"another configuration \(confusion\.upper, seed\).*-o name=NAME"):
+        claim(tmp_path, other)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert (tmp_path / "references.json").exists()
+
+
+def test_a_folder_whose_run_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\ndata: {kind: flowers}\ngone: 1\n")
+    with pytest.raises(ConfigError, match=r"(?s)cannot be gone on with.*-o name=NAME.*gone: unknown key"):
+        claim(tmp_path, run_config())
+
+
+def test_a_run_that_is_started_again_refers_to_everything(tmp_path: Path) -> None:
+    from kka_ray.housekeeping import collect
+    from kka_ray.store import Store
+
+    store = Store(str(tmp_path / "store"))
+    keys = [store.get_or_make("fit", 1, {"n": n}, lambda a: a.write("data", b"0")).key for n in range(2)]
+    claim(tmp_path / "x", run_config())
+    (tmp_path / "x" / "references.json").write_text(json.dumps([["fit", keys[0]]]))
+    claim(tmp_path / "x", run_config())
+    assert {e.state for e in collect(tmp_path, store.uri, delete=True).entries} == {"held"}
+    assert all(store.find("fit", key) for key in keys)
+
+
+def test_a_run_is_named_by_what_was_written_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kka_ray import experiment
+
+    config = run_config(data={"kind": "cifar100", "path": "cifar100"})
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def summarise(config: RunConfig, hash_: str, *_: Any) -> Any:
+        assert config.data.model_dump()["path"] == str(tmp_path / "cifar100")
+        seen.append(hash_)
+        raise Stop
+
+    monkeypatch.setattr(experiment, "summarise", summarise)
+    for name in ("make_plan", "session", "nodes", "prepare", "warnings", "Loop", "evaluate", "headline_detector"):
+        monkeypatch.setattr(experiment, name, Anything())
+    with pytest.raises(Stop):
+        experiment.run(config, lambda *_: None, lambda text: None)
+    assert seen == [config_hash(config)]
+
+
+class Anything:
+    """Stands in for what the test is not about."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __iter__(self) -> Any:
+        return iter(())
