@@ -17,10 +17,7 @@ from kka_ray.records import Rendering, from_table
 from kka_ray.store import Store
 from tests.integration.tiny_run import models_are_missing
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`"),
-]
+pytestmark = pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`")
 PROMPTS = (("p000", "Flowers:\n- a red rose\n-", 2), ("p001", "Flowers:\n- a blue iris\n-", 2))
 
 
@@ -41,7 +38,7 @@ def test_prompts_at_fault_are_rows_and_numbers_that_are_not_finite_raise(tmp_pat
     assert [bool(r["raw"]) for r in rows] == [False, False, True, True]
 
     score = ScoreTask(rows=(("a", PROMPTS[0][1], " a rose\n"), ("b", PROMPTS[1][1], " a tulip\n")))
-    whole, part = worker.work(score), worker.work(replace(score, failed={"a": "a crash"}))
+    (whole, _), (part, _) = worker.work(score), worker.work(replace(score, failed={"a": "a crash"}))
     assert len(whole[0]) > 1
     assert part[0] == []
     assert np.allclose(part[1], whole[1], atol=0.05)

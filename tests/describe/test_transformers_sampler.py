@@ -15,10 +15,7 @@ PROMPTS = [
     "Furniture of a house:\n- a wooden chair with four legs\n- a long table\n-",
 ]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
-]
+pytestmark = pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`")
 
 
 def engine(**options: float) -> TransformersEngine:

@@ -12,10 +12,7 @@ from kka_ray.records import PreferencePair
 MODEL = "builtin:smollm2-135m-instruct"
 PROMPT = "A list of flowers:\n- a white flower with five petals\n- a pink flower with six petals\n-"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
-]
+pytestmark = pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`")
 
 
 def pairs() -> list[PreferencePair]:
