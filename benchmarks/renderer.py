@@ -51,6 +51,8 @@ A_CLASS = 20
 """Images drawn of each class for its fidelity."""
 SHOWN = ("apple", "castle", "chair", "forest", "lion", "orange", "plain", "poppy", "rocket", "sea", "wardrobe", "woman")
 """Classes in the picture, a row each."""
+A_ROW = 12
+"""Images of a class in it."""
 
 
 def run_config(data: Path) -> RunConfig:
@@ -142,7 +144,7 @@ class Bench:
         texts = [f"a photo of {with_article(name.replace('_', ' '))}" for name in self.classes for _ in range(A_CLASS)]
         images = self.renderer.draw(texts, 0)
         if grid is not None:
-            save_grid([images[self.classes.index(name) * A_CLASS + i] for name in SHOWN for i in range(A_CLASS)], grid)
+            save_grid([images[self.classes.index(name) * A_CLASS + i] for name in SHOWN for i in range(A_ROW)], grid)
         drawn = self._features(images)
         ranks = class_ranks(drawn, np.repeat(np.arange(len(self.classes)), A_CLASS), centroids)
         # Sets of one size: the distance depends on it.
@@ -217,9 +219,9 @@ class Bench:
 
 
 def save_grid(images: Sequence[np.ndarray], target: Path) -> None:
-    """A row for every `A_CLASS` images, twice their size."""
+    """A row for every `A_ROW` images, twice their size."""
     pictures = [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in images]
-    make_image_grid(pictures, rows=len(images) // A_CLASS, cols=A_CLASS).save(target, optimize=True)
+    make_image_grid(pictures, rows=len(images) // A_ROW, cols=A_ROW).save(target, optimize=True)
 
 
 def speed(config: RenderConfig, threads: int) -> dict[str, float]:
