@@ -304,7 +304,7 @@ class Loop:
             "config": self.config.preference.model_dump(mode="json"),
             "seed": self.config.seed * 1000 + number,
             "threads": self.config.cluster.train_threads,
-            "device": "cuda" if self.config.cluster.train_gpus and self.config.cluster.device == "auto" else "cpu",
+            "device": train.computes_on(self.config.cluster),
             "versions": versions.computing(),
         }
         key = stage_key("dpo", dpo.VERSION, inputs)

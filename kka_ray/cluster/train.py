@@ -47,7 +47,7 @@ def run(
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     each = cluster.train_gpus if gpus else 0.0
     # NCCL reduces what lies on GPUs alone.
-    backend = None if each and cluster.device == "auto" else "gloo"
+    backend = None if gpus and computes_on(cluster) == "cuda" else "gloo"
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         for restarts in itertools.count():
             trainer = TorchTrainer(
@@ -102,7 +102,12 @@ def device(cluster: ClusterConfig) -> torch.device:
     import torch
     from ray.train.torch import get_device
 
-    return get_device() if cluster.device == "auto" and cluster.train_gpus else torch.device("cpu")
+    return get_device() if computes_on(cluster) == "cuda" else torch.device("cpu")
+
+
+def computes_on(cluster: ClusterConfig) -> str:
+    """`cuda` where the workers of a job compute on GPUs, else `cpu`."""
+    return "cuda" if cluster.train_gpus and cluster.device == "auto" else "cpu"
 
 
 def dpo_worker(arguments: dict[str, Any]) -> None:
