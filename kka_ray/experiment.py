@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kka_ray import tracking, versions
+from kka_ray import assets, tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.config import config_hash, dump, load
@@ -132,7 +132,6 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
 
 def warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     """What a user should know before the run goes on."""
-    from kka_ray import assets
     from kka_ray.render.domain import domain_warning
 
     if not config.render.pipeline.startswith("builtin:"):
@@ -299,12 +298,12 @@ def absolute(config: RunConfig) -> RunConfig:
     if not isinstance(data, FlowersData):
         data = data.model_copy(update={"path": _from_root(data.path)})
     if not isinstance(sampler, ApiSampler):
-        sampler = sampler.model_copy(update={"model": _model(sampler.model)})
+        sampler = sampler.model_copy(update={"model": assets.absolute(sampler.model)})
     uri = config.store.uri
     changed: dict[str, dict[str, Any]] = {
-        "backbone": {"model": _model(config.backbone.model)},
+        "backbone": {"model": assets.absolute(config.backbone.model)},
         "describe": {"sampler": sampler},
-        "render": {"pipeline": _model(config.render.pipeline)},
+        "render": {"pipeline": assets.absolute(config.render.pipeline)},
         "detect": {"outside": outside and _from_root(outside)},
         "tracking": {"uri": config.tracking.uri and _database(config.tracking.uri)},
         "store": {"uri": uri if "://" in uri else _from_root(uri)},
@@ -316,11 +315,6 @@ def absolute(config: RunConfig) -> RunConfig:
 def _from_root(path: str) -> str:
     """A relative path made absolute. An absolute one stays: on another node its links may lead elsewhere."""
     return path if Path(path).is_absolute() else str(Path(path).resolve())
-
-
-def _model(reference: str) -> str:
-    """A reference of `kka_ray.assets`, a folder made absolute."""
-    return reference if reference.startswith(("builtin:", "hub:")) else _from_root(reference)
 
 
 def _database(uri: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kka_ray import tracking
+from kka_ray import assets, tracking
 from kka_ray.cluster import train
 from kka_ray.cluster.session import session
 from kka_ray.config.loading import dump
@@ -44,6 +44,9 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
+        # The workers' current folder is another.
+        here = {"data": str(Path(config.data).resolve()), "start": config.start and assets.absolute(config.start)}
+        config = config.model_copy(update=here)
         made_by = made_by or f"`kka renderer train configs/renderer/{config.name}.yaml`"
         arguments = {"config": config, "folder": str(folder), "made_by": made_by}
         train.run("renderer", renderer_worker, arguments, config.workers, config.cluster)
@@ -144,7 +147,6 @@ def _network(config: RendererConfig) -> FlowTransformer:
     """
     import torch
 
-    from kka_ray import assets
     from kka_ray.render.transformer import FlowTransformer
 
     wanted = config.network.model_dump()
