@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +21,13 @@ from rich.table import Table
 
 from kka_ray import assets
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
-from kka_ray.store import Store
 
 TEXT_MODEL = "builtin:minilm-l6-v2"
 """Every run embeds text with it."""
 
 _CACHE_BYTES = 1_500_000_000  # a wheel, unpacked, and its conversion
 _STORE_BYTES = 500_000_000
+_STORAGE = ("fsspec", "numpy", "pyarrow")
 _OPTIONAL = {"vllm": "describes with vLLM", "bitsandbytes": "trains on a 4-bit model"}
 
 State = Literal["ok", "info", "missing", "wrong"]
@@ -43,14 +44,17 @@ class Finding:
 
 
 def examine(config: RunConfig | None) -> list[Finding]:
-    """Looks at this machine, and at what `config` needs if one is given. Changes nothing and fetches nothing."""
+    """Looks at this machine, and at what `config` needs if one is given. Changes nothing and fetches nothing.
+
+    What only a missing package could tell is left out: the package itself is among the findings.
+    """
     return [
         _python(),
         *_packages(),
         *_optional_packages(config),
         *_builtin_models(),
-        *_devices(config),
-        *_disk(config),
+        *(_devices(config) if find_spec("torch") else ()),
+        *(_disk(config) if all(map(find_spec, _STORAGE)) else ()),
         _ray_token(config),
         *(_needs(config) if config else ()),
     ]
@@ -199,6 +203,8 @@ def _memory() -> str:
 
 
 def _disk(config: RunConfig | None) -> Iterator[Finding]:
+    from kka_ray.store import Store
+
     cache = assets.cache_dir()
     complete = all(assets.is_present(f"builtin:{name}") for name in assets.WHEELS)
     free = _free_bytes(cache)

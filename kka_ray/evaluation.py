@@ -4,7 +4,9 @@ language model, over several seeds. Test images are opened here and nowhere else
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +39,8 @@ from kka_ray.records import Verdict
 from kka_ray.store import Output, Store, stage_key
 
 BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
+
+_LOOK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,19 @@ def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResu
     arms = _arms(config, store, prepared, loop)
     wanted = sum(_wanted(d, a) for d in config.detect.detectors for a in arms) * config.detect.seeds
     progress("detect", -1, 0, wanted)
-    fits = _fit_all(config, store, prepared, loop, arms)
+    fits = _fit_all(config, store, prepared, loop, arms, lambda done: progress("detect", -1, done, wanted))
     progress("detect", -1, wanted, wanted)
     test = test_set(config, prepared.data, store)
     if test is None:
         return Evaluation([], fits, arms, 0, 0)
+    progress("evaluate", -1, 0, len(fits))
     features = extract(store, prepared.backbone, test, prepared.patches)
     counts = {arm.name: arm.count for arm in arms}
     rows = []
-    for (detector, arm, seed), key in fits.items():
+    for number, ((detector, arm, seed), key) in enumerate(fits.items(), 1):
         output = _fit_output(store, key)
         scores = TunedDetector.load(output.local / "detector", prepared.backbone).score(features).score
+        progress("evaluate", -1, number, len(fits))
         measured = metrics(scores, test.anomalous)
         seconds = output.json("fit")["fit_seconds"]
         rows.append(Row(detector, arm, counts[arm], seed, **measured, fit_seconds=seconds, fit=key))
@@ -138,7 +144,7 @@ def fit_headline(config: RunConfig, store: Store, prepared: Prepared, loop: Loop
     alone = config.model_copy(update={"detect": config.detect.model_copy(update={"detectors": headline})})
     ids = [k.id for k in loop.rounds[-1].kept]
     arm = _drawn_arm(config, store, prepared, loop, KKA, ids) if ids else Arm(BASELINE, 0, None)
-    keys = _fit_all(alone, store, prepared, loop, [arm]).values()
+    keys = _fit_all(alone, store, prepared, loop, [arm], lambda done: None).values()
     if not keys:
         raise _nothing_kept(config.detect.headline)
     return [TunedDetector.load(_fit_output(store, k).local / "detector", prepared.backbone) for k in keys]
@@ -268,8 +274,14 @@ def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies
 
 
 def _fit_all(
-    config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, arms: list[Arm]
+    config: RunConfig,
+    store: Store,
+    prepared: Prepared,
+    loop: LoopResult,
+    arms: list[Arm],
+    done: Callable[[int], None],
 ) -> dict[tuple[str, str, int], str]:
+    """Keys of all fits by (detector, arm, seed), made where they are missing; `done` hears how many are there."""
     real_key, drawn_key = _train_keys(config, store, prepared, loop)
     normal_views = _normal_views(config, store, prepared, max(arm.count for arm in arms))
     validation_key = _extracted(store, prepared, prepared.normals.validation)
@@ -318,8 +330,28 @@ def _fit_all(
             "share": config.detect.share,
             "fits": missing,
         }
-        train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster, gpus=False)
+        with _counting(store, list(fits.values()), done):
+            train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster, gpus=False)
     return fits
+
+
+@contextmanager
+def _counting(store: Store, keys: list[str], done: Callable[[int], None]) -> Iterator[None]:
+    """Within the block `done` hears every few seconds how many of the fits are in the store."""
+    missing, stop = set(keys), threading.Event()
+
+    def look() -> None:
+        while not stop.wait(_LOOK_SECONDS):
+            missing.difference_update([key for key in missing if store.has("fit", key)])
+            done(len(keys) - len(missing))
+
+    thread = threading.Thread(target=look, name="kka-fits", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _fit_output(store: Store, key: str) -> Output:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kka_ray import assets, tracking, versions
 from kka_ray.cluster.plan import make_plan
@@ -61,12 +64,14 @@ def run(
     hash_ = config_hash(config)
     config = absolute(config)
     folder = Path(config.output) / config.name
-    claim(folder, config)
+    hash_ = claim(folder, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
-    with session(config.cluster, verbose=verbose):
+    with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads):
         make_plan(config).check(nodes())
+        progress("prepare", -1, 0, 1)
         prepared = prepare(config, store)
+        progress("prepare", -1, 1, 1)
         for warning in warnings(config, prepared):
             say(warning)
         loop = Loop(config, store, prepared, progress)
@@ -78,35 +83,68 @@ def run(
     tuned = headline_detector(config, store, prepared, evaluation)
     summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
     summary["drawn_normals"] = artefacts(tuned, prepared.validation, unseen_drawn_normals(config, result))
-    _write_records(folder / "records", prepared, result, evaluation, tuned)
-    tuned.save(folder / "detector")
-    write_json(folder / "references.json", sorted(store.used))
-    summary["wall_seconds"] = round(time.perf_counter() - started, 1)
-    write_json(folder / "summary.json", summary)
+    summary["threshold"] = tuned.calibration.threshold
+    summary["validation_flagged"] = float(tuned.score(prepared.validation).anomalous.mean())
+    for notice in skipped(prepared, folder):
+        say(notice)
 
     from kka_ray.report import write_report
 
-    write_report(folder)
+    with writing(folder):
+        _write_records(folder / "records", prepared, result, evaluation, tuned)
+        tuned.save(folder / "detector")
+        write_json(folder / "references.json", sorted(store.used))
+        summary["wall_seconds"] = round(time.perf_counter() - started, 1)
+        write_json(folder / "summary.json", summary)
+        write_report(folder)
     tracking.log_run(config, summary, folder, parent)
     return Finished(folder, summary)
 
 
-def claim(folder: Path, config: RunConfig) -> None:
-    """Makes the run's folder and writes its configuration, whose paths are absolute.
+def claim(folder: Path, config: RunConfig, hash_: str) -> str:
+    """Makes the run's folder and writes its configuration, whose paths are absolute, and the hash `hash_`.
 
-    The same run may be done elsewhere, in other places of the cluster and with another store. What an earlier end of it
-    refers to goes: until the next end it may refer to anything in the store. Raises ConfigError if a run with other
-    results lives there, ResourceError if the folder cannot be written.
+    Returns the hash that the run has: the one it was first begun with, as a run that is gone on with from its folder
+    has its paths written otherwise. The same run may be done elsewhere, in other places of the cluster and with another
+    store. What an earlier end of it refers to goes: until the next end it may refer to anything in the store. Raises
+    ConfigError if a run with other results lives there, ResourceError if the folder cannot be written.
     """
-    file = folder / "config.yaml"
+    file, hashed = folder / "config.yaml", folder / "config_hash"
     if file.is_file():
         _check_same(file, config)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and hashed.is_file():
+            hash_ = hashed.read_text().strip()
+        else:
+            write_text(hashed, hash_ + "\n")
         write_text(file, dump(config))
         (folder / "references.json").unlink(missing_ok=True)
+    return hash_
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """Within the block torch and BLAS compute with so many threads, whatever there are: results depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is written into a run's folder within the block fails as ResourceError, as on a full disk."""
+    try:
+        yield
     except OSError as error:
-        raise ResourceError(f"cannot write the run's folder {folder}: {error}") from error
+        raise ResourceError(
+            f"cannot write the run's folder {folder}: {error}. Free some room there, then run the same command again: "
+            "finished stages are not repeated"
+        ) from error
 
 
 def _check_same(file: Path, config: RunConfig) -> None:
@@ -161,8 +199,13 @@ def summarise(
         },
         "normals": prepared.count,
         "dropped": prepared.normals.dropped,
-        "test": {"normals": evaluation.test_normals, "anomalies": evaluation.test_anomalies},
+        "test": {
+            "normals": evaluation.test_normals,
+            "anomalies": evaluation.test_anomalies,
+            "dropped": dict(prepared.data.test_dropped),
+        },
         "budget": budget,
+        "budget_rule": "share" if budget > config.loop.min_budget else "min_budget",
         "described_fraction": described / prepared.count,
         "drawn_fraction": drawn / prepared.count,
         "generated_fraction": len(kept) / prepared.count,
@@ -211,6 +254,18 @@ def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> di
     }
 
 
+def skipped(prepared: Prepared, folder: Path) -> list[str]:
+    """What a user should read of files that could not be used."""
+    files = prepared.data.skipped
+    if not files:
+        return []
+    name, reason = files[0]
+    return [
+        f"{len(files)} files could not be used and are left out, the first of them {name} ({reason}); "
+        f"{folder / 'records' / 'skipped.parquet'} lists them"
+    ]
+
+
 def _round(r: Round, result: LoopResult) -> dict[str, Any]:
     assert result.audit is not None
     labels = Counter(v.label for v in result.audit.verdicts if v.round == r.number)
@@ -237,6 +292,7 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
         "status": r.status,
         "seconds": r.seconds | {f"{k}_work": round(v, 2) for k, v in r.drawn.seconds.items()},
         "dpo": training,
+        "evaluator": r.diagnostics,
     }
 
 
@@ -271,6 +327,11 @@ def _write_records(
     images = prepared.normals.validation
     scores = tuned.score(prepared.validation)
     most = review(images, scores.score, 24)
+    names, reasons = zip(*prepared.data.skipped, strict=True) if prepared.data.skipped else ((), ())
+    _write_table(
+        folder / "skipped",
+        pa.table({"file": pa.array(names, pa.string()), "reason": pa.array(reasons, pa.string())}),
+    )
     _write_table(
         folder / "review",
         pa.table(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from kka_ray import assets, versions
 from kka_ray.cluster import train
@@ -250,16 +251,23 @@ class Loop:
         if config.confusion.drawn_normals and len(result.normals.ids) >= 4:
             own = judging.rows(config.confusion, result.normals.features)
             train, validation = judging.with_drawn_normals(train, validation, own)
-        return function(
-            ids,
-            rounds,
-            judging.rows(config.confusion, features),
-            [text_of[id_] for id_ in ids],
-            train,
-            validation,
-            config.confusion,
-            config.seed,
-        )
+        judged = judging.rows(config.confusion, features)
+        texts = [text_of[id_] for id_ in ids]
+        stage = function.__name__
+        inputs = {
+            "drawn": _digest([ids, rounds, texts]),
+            "arrays": [hashlib.sha256(np.ascontiguousarray(x).data).hexdigest() for x in (judged, train, validation)],
+            "config": config.confusion.model_dump(mode="json"),
+            "seed": config.seed,
+            "threads": torch.get_num_threads(),
+            "versions": versions.computing(),
+        }
+
+        def make(attempt: Attempt) -> None:
+            found = function(ids, rounds, judged, texts, train, validation, config.confusion, config.seed)
+            judging.write_result(attempt, found)
+
+        return judging.read_result(self.store.get_or_make(stage, judging.VERSION, inputs, make))
 
     def _keep(self, result: LoopResult, drawn: Drawn, descriptions: list[Description], number: int) -> list[KeptImage]:
         loop = self.config.loop
@@ -285,7 +293,11 @@ class Loop:
         verdicts = [v for v in result.verdicts.values() if v.id not in mismatched]
         built = pairs.build_pairs(result.prompts, lines, verdicts, config, self.config.seed * 1000 + number)
         if len(built) < config.min_pairs:
-            return result.adapter, f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}", None
+            reason = f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}"
+            collapsed = int(result.rounds[-1].diagnostics.get("collapsed_folds", 0))
+            if collapsed:
+                reason += f"; the evaluator collapsed in {collapsed} folds of round {result.rounds[-1].number}"
+            return result.adapter, reason, None
         output = self._train(built, result.adapter, number)
         self.progress("prefer", number, 1, 1)
         return output.key, "ok", output.json("result")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from kka_ray import versions
 from kka_ray.config.models import BackboneConfig, FlowersData, RunConfig
@@ -71,7 +72,10 @@ def extract(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -
 
 def extract_output(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Output:
     """The output of stage `features` that `extract` reads."""
-    inputs = feature_inputs(backbone.config, backbone.identity, patches) | {"images": images.identity()}
+    inputs = feature_inputs(backbone.config, backbone.identity, patches) | {
+        "images": images.identity(),
+        "threads": torch.get_num_threads(),
+    }
     return store.get_or_make(
         "features", FEATURES_VERSION, inputs, lambda a: write_features(a, backbone.extract(images.images, patches))
     )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -79,6 +80,10 @@ class Output:
         """The table that was written under `name`."""
         return pq.read_table(io.BytesIO(self.read(f"{name}.parquet")))
 
+    def array(self, name: str) -> np.ndarray:
+        """The array that was written under `name`."""
+        return np.load(io.BytesIO(self.read(f"{name}.npy")), allow_pickle=False)
+
     def json(self, name: str) -> Any:
         """The JSON value that was written under `name`."""
         return json.loads(self.read(f"{name}.json"))
@@ -125,6 +130,12 @@ class Attempt:
         pq.write_table(table, buffer, compression="zstd")
         self.write(f"{name}.parquet", buffer.getvalue())
 
+    def array(self, array: np.ndarray, name: str) -> None:
+        """Writes an array as a NumPy file, without pickles."""
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        self.write(f"{name}.npy", buffer.getvalue())
+
     def json(self, value: Any, name: str) -> None:
         """Writes a JSON value. NaN is refused: JSON has none."""
         self.write(f"{name}.json", (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -166,6 +177,10 @@ class Store:
                 f"cannot write {path} ({len(content) / 1e6:.1f} MB): {error}. Free some room or move the store "
                 "(`-o store.uri=...`), then run the same command again: finished stages are not repeated"
             ) from error
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether there is an output, without reading it or referring to it."""
+        return bool(self.filesystem.exists(self.path(stage, key, _MARKER)))
 
     def find(self, stage: str, key: str) -> Output | None:
         """The output if it was committed, else None."""

@@ -11,6 +11,7 @@ import asyncio
 import os
 import re
 import shlex
+import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from aiohttp import ClientError
 from rich.console import Console
 
 from kka_ray.config import RunConfig, load
+from kka_ray.config.models import FlowersData
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 
@@ -69,8 +71,8 @@ def submit_and_follow(
     `client` stands in for Ray's `JobSubmissionClient`. Raises ConfigError or ResourceError before anything is
     submitted; a job that fails is a status and not an error.
     """
-    entrypoint = entry(wanted)
     headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
+    entrypoint = entry(wanted, here=_is_here(address, headers))
     environment = runtime_env(wanted, os.environ, token=bool(headers))
     if client is None:
         client = _client(address, headers)
@@ -96,8 +98,12 @@ def submit_and_follow(
         return _INTERRUPTED
 
 
-def entry(wanted: Submission) -> str:
-    """The job's command line. Raises ConfigError for what would fail on the cluster only after it was uploaded."""
+def entry(wanted: Submission, *, here: bool) -> str:
+    """The job's command line. Raises ConfigError for what would fail on the cluster only after it was uploaded.
+
+    `here`: the cluster is this machine alone, and relative folders are made absolute. Elsewhere they must be so
+    already.
+    """
     if wanted.verb not in VERBS:
         raise ConfigError(f"cannot submit {wanted.verb!r}; it is one of {', '.join(VERBS)}")
     folder = wanted.working_dir.resolve()
@@ -113,14 +119,20 @@ def entry(wanted: Submission) -> str:
         config, prefix = load(file, RunConfig, wanted.overrides), ""
     else:
         config, prefix = load_sweep(file, wanted.overrides).base, "run."
+    overrides = list(wanted.overrides)
     for name, value in (("output", config.output), ("store.uri", config.store.uri)):
         elsewhere = name == "store.uri" and "://" in value
-        if not elsewhere and not Path(value).is_absolute():
+        if elsewhere or Path(value).is_absolute():
+            continue
+        if not here or "://" in value:
             raise ConfigError(
                 f"{name} is {value!r}, which a job would write into its upload, a temporary folder of the cluster. "
                 f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka"
             )
-    options = [part for override in wanted.overrides for part in ("-o", override)]
+        overrides.append(f"{prefix}{name}={Path(value).resolve()}")
+    if here and not isinstance(config.data, FlowersData) and not Path(config.data.path).is_absolute():
+        overrides.append(f"{prefix}data.path={Path(config.data.path).resolve()}")
+    options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
 
 
@@ -211,6 +223,19 @@ def _version_status(address: str, headers: Mapping[str, str]) -> int:
             f"cannot reach a Ray dashboard at {address}: {type(error).__name__}. Is the cluster up (`ray start "
             "--head`), and its port forwarded (`kubectl port-forward svc/NAME-head-svc 8265`)?"
         ) from error
+
+
+def _is_here(address: str, headers: Mapping[str, str]) -> bool:
+    """Whether the cluster is this machine alone. A loopback address may lead elsewhere, as when a port is forwarded."""
+    if urlsplit(address).hostname not in _LOOPBACK:
+        return False
+    try:
+        url = f"{address.rstrip('/')}/nodes?view=hostNameList"
+        answer = requests.get(url, headers=dict(headers), timeout=20, allow_redirects=False)
+        hosts = answer.json()["data"]["hostNameList"] if answer.ok else []
+    except (requests.RequestException, ValueError, KeyError):
+        return False
+    return list(hosts) == [socket.gethostname()]
 
 
 def _client(address: str, headers: Mapping[str, str]) -> Any:

@@ -21,11 +21,9 @@ from typing import Any
 import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before Ray is imported
 
 # isort: split
-import torch
 from ray import tune
 from rich.console import Console
 from rich.table import Table
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kka_ray import tracking
 from kka_ray.cluster import leases
@@ -35,7 +33,7 @@ from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, StageError
-from kka_ray.experiment import absolute
+from kka_ray.experiment import absolute, computing
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json
 from kka_ray.loop import Loop, LoopResult, Progress
@@ -90,7 +88,6 @@ class _Job:
     tracking_uri: str
     experiment: str
     parent: str
-    threads: int
 
 
 def run(
@@ -107,7 +104,7 @@ def run(
     _claim(folder, sweep.config)
     store = Store(base.store.uri)
     uri = base.tracking.uri or tracking.default_uri(Path(base.output))
-    with session(base.cluster, verbose=verbose):
+    with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
         sweep_plan(base, sweep.config.concurrency).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
@@ -117,7 +114,7 @@ def run(
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output))
         # A trial's process has another current folder, so its paths are resolved here.
         trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
-        job = _Job(trials, reference, uri, base.tracking.experiment, parent, torch.get_num_threads())
+        job = _Job(trials, reference, uri, base.tracking.experiment, parent)
         try:
             outcomes = run_trials(run_trial, job, sweep, note)
             result = SweepResult(folder, outcomes, best_of(outcomes), reference.ids, None, _since(started))
@@ -198,10 +195,9 @@ def run_trial(settings: dict[str, Any], job: _Job) -> None:
     mlflow_run = tracking.start_run(
         job.tracking_uri, job.experiment, trial.config.name, trial.overrides, output=output, parent=job.parent
     )
-    # The champion's own run judges in the driver: with as many threads here, its stages are the same to the last bit.
-    torch.set_num_threads(job.threads)
     try:
-        with threadpool_limits(job.threads):
+        # The champion's own run judges in the driver: with as many threads here, its stages are found in the store.
+        with computing(trial.config.cluster.driver_threads):
             outcome = measure(trial, trial.config, job.reference, mlflow_run)
     except BaseException:
         tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)

@@ -25,7 +25,7 @@ _TITLES = {
     "prefer": "prefer (DPO)",
     "audit": "audit",
     "detect": "detect",
-    "evaluate": "evaluate",
+    "evaluate": "test images",
 }
 
 
@@ -113,6 +113,11 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
         console.print(
             "no test anomalies, hence no AUC; the report shows the normals that score highest", highlight=False
         )
+    console.print(
+        f"threshold of the {summary['detector']} detector: {summary['threshold']:.4g}; it flags "
+        f"{summary['validation_flagged']:.1%} of the validation normals",
+        highlight=False,
+    )
     if summary.get("truth"):
         truth = summary["truth"]
         console.print(
@@ -134,9 +139,11 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
             f"{api.get('completion_tokens', 0)} written tokens, cost {api['cost']:.4f}",
             highlight=False,
         )
+    rule = "the share" if summary["budget_rule"] == "share" else "the least number"
     console.print(
         f"described {summary['described_fraction']:.1%}, drawn {summary['drawn_fraction']:.1%}, kept "
-        f"{summary['generated_fraction']:.1%} of {summary['normals']} normals; {summary['wall_seconds']:.0f} s",
+        f"{summary['generated_fraction']:.1%} of {summary['normals']} normals (budget {summary['budget']}, {rule} of "
+        f"loop); {summary['wall_seconds']:.0f} s",
         highlight=False,
     )
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kka_ray.config.models import RunConfig
+
+# Before MLflow is imported: a run sends nothing to anybody.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def default_uri(output: Path) -> str:

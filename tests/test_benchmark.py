@@ -34,6 +34,7 @@ def test_means_over_the_seeds_are_held_against_the_ranges() -> None:
     [
         (summary(kka=0.95), "KKA minus the better without anomalies"),
         (summary(kka=0.915), "KKA minus zero-th"),
+        (summary(kka=summary()["detectors"]["simplenet"]["zeroth"]["mean"]), "KKA minus zero-th"),
         (summary(hard=(0.1, 0.4)), "hard rate in round 0"),
         (summary(hard=(0.3, 0.35)), "hard rate of the last round over that of round 0"),
     ],

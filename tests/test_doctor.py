@@ -53,6 +53,14 @@ def test_nothing_is_to_mend_on_a_healthy_machine():
     assert "nothing is missing" in text.getvalue()
 
 
+@pytest.mark.parametrize(("package", "silent"), [("torch", "CPU"), ("pyarrow", "disk of the store")])
+def test_what_a_missing_package_could_tell_is_left_out(monkeypatch, package, silent):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == package else object())
+    found = _by_name(examine(None))
+    assert silent not in found
+    assert "builtin:minilm-l6-v2" in found
+
+
 def test_a_missing_model_is_named_with_its_command(tmp_path):
     wheel = assets.WHEELS["minilm-l6-v2"]
     (tmp_path / "cache" / "models" / f"minilm-l6-v2-{wheel.sha256[:12]}" / "asset.json").unlink()

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 
 from kka_ray.cluster.streaming import Drawn
+from kka_ray.config.models import FlowersData, RunConfig
 from kka_ray.errors import StageError
-from kka_ray.loop import check_drawn
-from kka_ray.records import Description, Rendering
+from kka_ray.loop import Loop, LoopResult, check_drawn
+from kka_ray.records import Description, Prompt, Rendering, Verdict
 
 
 def line(number: int, reason: str = "") -> Description:
@@ -26,3 +29,40 @@ def test_a_renderer_that_fails_on_everything_ends_the_run() -> None:
 def test_some_failures_are_rows_and_the_run_goes_on() -> None:
     renderings = [Rendering("a", 0, 0, "failed", b"", "", "x"), Rendering("b", 0, 0, "ok", b"x", "y")]
     check_drawn([line(0), line(1)], Drawn(renderings=renderings, ids=["b"]), 0)
+
+
+def judged(label: str, count: int, collapsed: int = 0) -> LoopResult:
+    """A zero-th round whose first line is hard and whose others are of a label, after another adapter."""
+    lines = [line(i) for i in range(count)]
+    result = LoopResult([Prompt("p000", "a prompt", ())], adapter="old")
+    for i, one in enumerate(lines):
+        one = Description(one.id, "p000", 0, f" line {i}", f"line {i}", "ok", "")
+        lines[i] = one
+        result.verdicts[one.id] = Verdict(one.id, 0, 0, 1.0, 1.0, "hard" if i == 0 else label)  # type: ignore[arg-type]
+    zeroth = SimpleNamespace(
+        number=0, descriptions=lines, drawn=Drawn(), diagnostics={"collapsed_folds": float(collapsed)}
+    )
+    result.rounds.append(zeroth)  # type: ignore[arg-type]
+    return result
+
+
+def preferring(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    """A loop whose DPO trains nothing."""
+    loop = Loop.__new__(Loop)
+    loop.config = RunConfig(name="x", data=FlowersData(kind="flowers"))
+    loop.progress = lambda *_: None
+    trained = SimpleNamespace(key="new", json=lambda name: {"pairs": 9})
+    monkeypatch.setattr(loop, "_train", lambda built, previous, number: trained)
+    return loop
+
+
+def test_too_few_pairs_stall_the_round_and_the_old_policy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = preferring(monkeypatch)
+    adapter, status, training = loop._prefer(judged("easy", 4), 1)
+    assert (adapter, status, training) == ("old", "stalled: 3 pairs, fewer than min_pairs = 8", None)
+    _, status, _ = loop._prefer(judged("between", 20, collapsed=2), 1)
+    assert status == "stalled: 0 pairs, fewer than min_pairs = 8; the evaluator collapsed in 2 folds of round 0"
+
+
+def test_enough_pairs_train_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preferring(monkeypatch)._prefer(judged("easy", 9), 1) == ("new", "ok", {"pairs": 9})

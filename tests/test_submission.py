@@ -58,15 +58,17 @@ def said(console: Console) -> str:
 def dashboard() -> Iterator[Callable[[str | None], str]]:
     """`dashboard(token)` is the address of a server that answers /api/version as Ray's does."""
     servers: list[HTTPServer] = []
+    hosts = [socket.gethostname()]
 
     def start(token: str | None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 given = self.headers.get("Authorization")
                 status = 200 if token is None or given == f"Bearer {token}" else 403 if given else 401
-                self.send_response(status if self.path == "/api/version" else 404)
+                known = {"/api/version": {}, "/nodes?view=hostNameList": {"data": {"hostNameList": hosts}}}
+                self.send_response(status if self.path in known else 404)
                 self.end_headers()
-                self.wfile.write(b"{}")
+                self.wfile.write(json.dumps(known.get(self.path, {})).encode())
 
             def log_message(self, format: str, *values: Any) -> None:
                 pass
@@ -121,18 +123,33 @@ def send(
 
 def test_the_entry_point_names_the_file_from_the_repository_and_quotes_overrides(repository: Path) -> None:
     overrides = (*SHARED, "describe.instruction=two words")
-    command = entry(Submission("run", repository / "run.yaml", overrides, repository))
+    command = entry(Submission("run", repository / "run.yaml", overrides, repository), here=False)
     assert command == (
         "python -m jobs.entry run run.yaml -o output=/shared/kka -o store.uri=/shared/kka/store "
         "-o 'describe.instruction=two words'"
     )
     assert "s3://b/kka" in entry(
-        Submission("run", repository / "run.yaml", (SHARED[0], "store.uri=s3://b/kka"), repository)
+        Submission("run", repository / "run.yaml", (SHARED[0], "store.uri=s3://b/kka"), repository), here=False
     )
     shared = tuple(f"run.{o}" for o in SHARED)
-    assert entry(Submission("sweep", repository / "sweep.yaml", shared, repository)).startswith(
+    assert entry(Submission("sweep", repository / "sweep.yaml", shared, repository), here=False).startswith(
         "python -m jobs.entry sweep sweep.yaml -o run.output="
     )
+
+
+def test_on_this_machine_relative_folders_are_made_absolute(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = entry(Submission("run", repository / "run.yaml", (), repository), here=True)
+    assert command.endswith(f"-o output={tmp_path / 'runs'} -o store.uri={tmp_path / 'runs' / 'store'}")
+    command = entry(Submission("sweep", repository / "sweep.yaml", ("run.store.uri=s3://b",), repository), here=True)
+    assert command.endswith(f"-o run.store.uri=s3://b -o run.output={tmp_path / 'runs'}")
+    photographs = ("data={kind: cifar100, path: furniture}", *SHARED)
+    command = entry(Submission("run", repository / "run.yaml", photographs, repository), here=True)
+    assert command.endswith(f"-o data.path={tmp_path / 'furniture'}")
+    with pytest.raises(ConfigError, match="-o output="):
+        entry(Submission("run", repository / "run.yaml", ("output=s3://b/kka",), repository), here=True)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +169,23 @@ def test_what_would_fail_on_the_cluster_is_refused_here(
     repository: Path, verb: str, file: str, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        entry(Submission(verb, repository / file, overrides, repository))
+        entry(Submission(verb, repository / file, overrides, repository), here=False)
+
+
+def test_a_loopback_address_may_lead_elsewhere(
+    dashboard: Callable[[str | None], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, headers = dashboard(TOKEN), {"Authorization": f"Bearer {TOKEN}"}
+    assert submission._is_here(address, headers)
+    assert not submission._is_here(address, {}), "what cannot be asked is not here"
+    monkeypatch.setattr(submission.socket, "gethostname", lambda: "laptop")
+    assert not submission._is_here(address, headers)
+    assert not submission._is_here("http://cluster:8265", headers)
 
 
 def test_another_folder_than_the_repository_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--working-dir"):
-        entry(Submission("run", tmp_path / "run.yaml", SHARED, tmp_path))
+        entry(Submission("run", tmp_path / "run.yaml", SHARED, tmp_path), here=False)
 
 
 def test_the_environment_has_what_was_named_and_never_a_token(repository: Path) -> None:

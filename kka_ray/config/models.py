@@ -623,6 +623,9 @@ class ClusterConfig(Strict):
     train_gpus: float = Field(0, ge=0)
     train_threads: int = Field(2, ge=1)
     train_runtime_env: RuntimeEnv = RuntimeEnv()
+    driver_threads: int = Field(
+        2, ge=1, description="threads that the driver computes with (features, verdicts); part of the store's keys"
+    )
     in_flight: int = Field(2, ge=1, description="chunks a worker may have waiting")
     max_restarts: int = Field(
         3, ge=0, description="times that a Ray Train job is started again; workers in succession that may die at start"

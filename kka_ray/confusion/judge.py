@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -23,7 +23,10 @@ from kka_ray.confusion.hardness import Band, Label, Scale, paper_labels
 from kka_ray.confusion.knn import Knn
 from kka_ray.errors import StageError
 from kka_ray.features.base import Features
-from kka_ray.records import Verdict
+from kka_ray.records import Verdict, from_table, to_table
+from kka_ray.store import Attempt, Output
+
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,34 @@ class JudgeResult:
     trained_on: dict[int, tuple[str, ...]] = field(default_factory=dict)
     validation_hardness: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Hardness of the validation normals under each fold's evaluator, float64 (folds x validation normals,)."""
+
+
+def write_result(attempt: Attempt, result: JudgeResult) -> None:
+    """Writes a result into an output of the store."""
+    attempt.table(to_table(Verdict, result.verdicts))
+    attempt.json(
+        {
+            "diagnostics": result.diagnostics,
+            "band": asdict(result.band) if result.band else None,
+            "trained_on": {str(fold): list(ids) for fold, ids in result.trained_on.items()},
+        },
+        "result",
+    )
+    for name, array in {**asdict(result.latent), "validation_hardness": result.validation_hardness}.items():
+        attempt.array(array, name)
+
+
+def read_result(output: Output) -> JudgeResult:
+    """The inverse of `write_result`."""
+    values = output.json("result")
+    return JudgeResult(
+        from_table(Verdict, output.table()),
+        values["diagnostics"],
+        Band(**values["band"]) if values["band"] else None,
+        LatentMap(**{field.name: output.array(field.name) for field in fields(LatentMap)}),
+        {int(fold): tuple(ids) for fold, ids in values["trained_on"].items()},
+        output.array("validation_hardness"),
+    )
 
 
 @dataclass(frozen=True)

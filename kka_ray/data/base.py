@@ -66,6 +66,9 @@ class DataModule(ABC):
     normal_terms: tuple[str, ...]
     """Names of the normal class and their synonyms, for the guard; empty where normals differ by attributes only."""
 
+    skipped: Sequence[tuple[str, str]] = ()
+    """Files that could not be used, each with the reason; of data sets of files. Grows as splits are read."""
+
     test_dropped: Mapping[str, int] = MappingProxyType({})
     """Test images left out, by reason: `duplicate` (of a normal image) and, of files, `unreadable` and `too_large`.
     Filled by `test`."""

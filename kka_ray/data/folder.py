@@ -51,7 +51,10 @@ class FolderModule(DataModule):
     """
 
     def __init__(self, config: FolderData, seed: int) -> None:
-        """Raises DataError if the path is no folder."""
+        """Raises DataError if the path is no folder, or if its test part has defects and nothing to compare them with.
+
+        Looks at names only, for which a run need not come to its end.
+        """
         self.config = config
         self.seed = seed
         self.root = Path(config.path)
@@ -61,7 +64,12 @@ class FolderModule(DataModule):
         self.subject = config.description.strip()
         self.normal_terms = (without_article(self.subject),)
         self.skipped: list[tuple[str, str]] = []
-        """Files that could not be used, relative to the folder, each with the reason; filled as splits are read."""
+        present = {kind for _, kind in self._test_files()}
+        if present and GOOD not in present:
+            raise DataError(
+                f"{self.root / 'test'} holds defects ({', '.join(sorted(present))}) but no normal images in good/, and "
+                "a test compares both; add some, or move the folder away"
+            )
 
     def normals(self) -> Normals:
         """See `DataModule.normals`. Raises DataError as well if there is no image, none can be read, or the captions
@@ -84,22 +92,13 @@ class FolderModule(DataModule):
         return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
 
     def test(self) -> ImageSet | None:
-        """The images of `test/good`, then those of the defects by name; None if there is no folder `test`.
+        """The images of `test/good`, then those of the defects by name; None where there are no defects.
 
-        Raises DataError if normal or defective test images are missing, or none of the images can be read.
+        Raises DataError if no normal or no defective image can be read.
         """
-        folder = self.root / "test"
-        if not folder.is_dir():
+        folder, found = self.root / "test", self._test_files()
+        if {kind for _, kind in found} <= {GOOD}:
             return None
-        kinds = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        kinds.sort(key=lambda name: name != GOOD)
-        found = [(file, kind) for kind in kinds for file in image_files(folder / kind, recursive=True)]
-        present = {kind for _, kind in found}
-        if GOOD not in present or len(present) < 2:
-            raise DataError(
-                f"{folder} must hold images in good/ and in at least one folder named after a defect, since a test "
-                f"compares both; it has images in: {', '.join(sorted(present)) or 'none'}. Add them or remove {folder}"
-            )
         loaded = self._load([file for file, _ in found])
         kind_of = dict(found)
         normals = self.normals()
@@ -114,6 +113,15 @@ class FolderModule(DataModule):
         self._note(loaded.skipped)
         self.test_dropped = loaded.counts() | {"duplicate": seen}
         return kept
+
+    def _test_files(self) -> list[tuple[Path, str]]:
+        """Test images with their kind, `good` first."""
+        folder = self.root / "test"
+        if not folder.is_dir():
+            return []
+        kinds = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        kinds.sort(key=lambda name: name != GOOD)
+        return [(file, kind) for kind in kinds for file in image_files(folder / kind, recursive=True)]
 
     def _normal_folder(self) -> Path:
         for folder in (self.root / "train" / GOOD, self.root / GOOD):

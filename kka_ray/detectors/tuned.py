@@ -24,6 +24,7 @@ from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
+from kka_ray.files import write_json
 
 VERSION = 17
 """Part of the store's keys; raised when what is fitted changes."""
@@ -157,7 +158,7 @@ class TunedDetector:
             "calibration": asdict(self.calibration),
             "state": state,
         }
-        (folder / "detector.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+        write_json(folder / "detector.json", values)
 
     @classmethod
     def load(

@@ -35,6 +35,7 @@ def page(run: RunFolder) -> dict[str, Any]:
     """Everything that the template shows."""
     return {
         "summary": run.summary,
+        "budget_rule": wording.budget_rule(run.summary, run.config),
         "config": run.config,
         "config_text": run.config_text,
         "calibration": run.calibration,

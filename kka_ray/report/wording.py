@@ -109,6 +109,13 @@ def amount(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def budget_rule(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Which of the two rules set the budget."""
+    if summary["budget_rule"] == "share":
+        return f"{percent(config['loop']['budget'])} of the normals"
+    return "the least number that the configuration asks for"
+
+
 def has_auc(summary: Mapping[str, Any]) -> bool:
     """Whether the headline detector was tried on test anomalies at all."""
     return any(spread is not None for spread in summary["auc"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kka_ray.confusion.deep_sad import DeepSadEvaluator
 from kka_ray.confusion.judge import JudgeResult, audit, fold_of, judge
 from kka_ray.errors import StageError
 from kka_ray.features.base import Features
+from kka_ray.store import Store
 from tests.confusion.clouds import DIMENSIONS, cloud
 
 CONFIG = ConfusionConfig(evaluator=DeepSad(epochs=20, pretrain_epochs=3))
@@ -110,6 +112,23 @@ def test_latent_map_keeps_far_images_further_than_normals(result: JudgeResult) -
     for normals, images in ((m.normals_before, m.drawn_before), (m.normals_after, m.drawn_after)):
         assert np.median(np.linalg.norm(images[far], axis=1)) > 1.5 * np.median(np.linalg.norm(normals, axis=1))
     assert not np.allclose(m.drawn_before, m.drawn_after)
+
+
+@pytest.mark.parametrize("rule", ["band", "paper", "nothing drawn"])
+def test_comes_out_of_the_store_as_it_went_in(tmp_path: Path, rule: str) -> None:
+    count = 0 if rule == "nothing drawn" else 12
+    config = CONFIG.model_copy(update={"rule": "paper" if rule == "paper" else "band"})
+    result = run(count, config)
+    store = Store(str(tmp_path))
+    store.get_or_make("judge", 1, {}, lambda attempt: judging.write_result(attempt, result))
+    found = judging.read_result(store.get_or_make("judge", 1, {}, lambda attempt: pytest.fail("made again")))
+    assert found.verdicts == result.verdicts
+    assert found.diagnostics == result.diagnostics
+    assert found.band == result.band
+    assert found.trained_on == result.trained_on
+    np.testing.assert_array_equal(found.validation_hardness, result.validation_hardness)
+    for name in ("normals_before", "normals_after", "drawn_before", "drawn_after"):
+        np.testing.assert_array_equal(getattr(found.latent, name), getattr(result.latent, name))
 
 
 def test_repeats_bit_for_bit(result: JudgeResult) -> None:

@@ -134,13 +134,18 @@ def test_no_test_file_is_opened_before_test(mvtec):
         data.test()
 
 
-@pytest.mark.parametrize("missing", ["good", "defects"])
-def test_test_folder_needs_both_kinds(mvtec, missing):
+def test_without_defects_there_is_no_test(mvtec):
     for file in (mvtec / "test").rglob("*.png"):
-        if (file.parent.name == "good") == (missing == "good"):
+        if file.parent.name != "good":
             file.unlink()
-    with pytest.raises(DataError, match=r"must hold images in good/ and in at least one folder named after a defect"):
-        open_data(config(mvtec), 0).test()
+    assert open_data(config(mvtec), 0).test() is None
+
+
+def test_defects_without_normal_test_images_are_refused_before_anything_is_read(mvtec):
+    for file in (mvtec / "test" / "good").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"holds defects \(bent_tip, scratch\) but no normal images in good/"):
+        open_data(config(mvtec), 0)
 
 
 def test_path_that_is_no_folder(tmp_path):

@@ -86,17 +86,44 @@ def test_damaged_images_are_left_out_and_counted(tmp_path: Path) -> None:
     assert np.isfinite(review.score).all()
 
 
-def test_test_images_are_opened_by_the_final_evaluation_alone(tmp_path: Path) -> None:
-    """They cannot be read here: the run must come as far as having every detector fitted."""
+HOOK = """
+import sys
+
+def hook(event, arguments):
+    if event == "open" and {part!r} in str(arguments[0]):
+        raise {error}
+
+sys.addaudithook(hook)
+"""
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path, part: str, error: str) -> None:
+    """In processes that are started from now on, opening a file whose path holds `part` raises."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOOK.format(part=part, error=error))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_test_images_are_opened_by_the_final_evaluation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of the run can open one: it must come as far as having every detector fitted, and then say so."""
     write(tmp_path / "images" / "train" / "good", 40, 0)
     write(tmp_path / "images" / "test" / "good", 4, 1)
-    (tmp_path / "images" / "test" / "broken").mkdir()
-    for folder in ("good", "broken"):
-        for i in range(4):
-            file = tmp_path / "images" / "test" / folder / f"{i:03d}.png"
-            file.unlink(missing_ok=True)
-            file.symlink_to(tmp_path / "nowhere" / f"{folder}{i}.png")
-    process = start(tmp_path / "work", *on_folder(tmp_path / "images"), "loop.rounds=0")
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode != 0, output
-    assert list((tmp_path / "work" / "runs" / "store").glob("fit/*/committed.json")), output
+    write(tmp_path / "images" / "test" / "broken", 4, 2)
+    forbid(monkeypatch, tmp_path / "hook", "/images/test/", "PermissionError('a test image is opened')")
+    output = fails(tmp_path / "work", *on_folder(tmp_path / "images"), "loop.rounds=0")
+    assert "no normal test image is left, after 8 that cannot be used" in " ".join(output.split())
+    fits = list((tmp_path / "work" / "runs" / "store").glob("fit/*/committed.json"))
+    # k-NN with normals alone; fused with the zero-th set, which is KKA's as well, with noise and with drawn normals.
+    assert len(fits) == 4, output
+
+
+@pytest.mark.parametrize("part", ["/store/fit/", "/tiny/.summary.json"])
+def test_a_full_disk_ends_the_run_with_a_remedy_and_the_same_command_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    with monkeypatch.context() as full:
+        forbid(full, tmp_path / "hook", part, "OSError(28, 'No space left on device')")
+        output = " ".join(fails(tmp_path / "work").split())
+    assert "No space left on device" in output
+    assert "Free some room" in output
+    finish(start(tmp_path / "work"))

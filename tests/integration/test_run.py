@@ -1,5 +1,6 @@
 """Whole runs on a local cluster with the real small models."""
 
+import json
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.tiny_run import finish, models_are_missing, start, summary
+from tests.integration.tiny_run import finish, models_are_missing, resume, start, summary
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,25 +42,52 @@ def test_a_run_leaves_complete_records(undisturbed: Path) -> None:
 
 
 def test_the_same_command_again_makes_nothing_anew(undisturbed: Path) -> None:
-    markers = {p: p.stat().st_mtime_ns for p in (undisturbed / "runs" / "store").glob("*/*/committed.json")}
-    before = summary(undisturbed)
+    markers, before = _markers(undisturbed), summary(undisturbed)
     finish(start(undisturbed))
     assert summary(undisturbed) == before
-    assert {p: p.stat().st_mtime_ns for p in (undisturbed / "runs" / "store").glob("*/*/committed.json")} == markers
+    assert _markers(undisturbed) == markers
 
 
-@pytest.mark.parametrize("stage", ["flowers", "sample", "render", "fit"])
-def test_a_killed_run_is_finished_by_the_same_command(undisturbed: Path, tmp_path: Path, stage: str) -> None:
+def test_the_summary_has_the_fields_that_others_read(undisturbed: Path) -> None:
+    found = json.loads((undisturbed / "runs" / "tiny" / "summary.json").read_text())
+    assert found.keys() >= {
+        *("config_hash", "versions", "auc", "rounds", "wall_seconds"),
+        *("described_fraction", "drawn_fraction", "generated_fraction"),
+    }
+    for arm in ("zeroth", "kka"):
+        assert found["auc"][arm].keys() == {"mean", "std", "per_seed"}
+    for row in found["rounds"]:
+        assert row.keys() >= {
+            *("described", "unique", "rejected", "rendered", "failed", "hard", "easy", "normal_like", "hard_rate"),
+            *("diversity", "distinct_2", "perplexity", "status", "seconds", "dpo"),
+        }
+    assert [r["status"] for r in found["rounds"]] == ["ok", "ok"], "the tiny run is to train its policy"
+    assert found["rounds"][1]["dpo"].keys() == {"pairs", "steps", "loss_first", "loss_last", "margin"}
+
+
+_STAGES = ("flowers", "features", "prompts", "sample", "drift", "render", "judge", "pairs", "dpo", "fit", "the end")
+
+
+@pytest.mark.parametrize("stage", _STAGES)
+def test_a_killed_run_is_finished_and_makes_nothing_twice(undisturbed: Path, tmp_path: Path, stage: str) -> None:
+    """Killed as the stage has its first output, and at the end as the run's folder is written."""
     process = start(tmp_path)
+    wanted = "runs/tiny/records/*.parquet" if stage == "the end" else f"runs/store/{stage}/*/committed.json"
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "runs" / "store").glob(f"{stage}/*/committed.json")):
+    while not list(tmp_path.glob(wanted)):
         assert time.monotonic() < deadline, "the stage was never reached"
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finish(start(tmp_path))
+    before = _markers(tmp_path)
+    finish(start(tmp_path) if stage != "dpo" else resume(tmp_path))
+    assert {path: changed for path, changed in _markers(tmp_path).items() if path in before} == before
     assert summary(tmp_path) == summary(undisturbed)
+
+
+def _markers(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in (folder / "runs" / "store").glob("*/*/committed.json")}
 
 
 def test_another_configuration_in_the_same_folder_is_refused(undisturbed: Path) -> None:

@@ -50,8 +50,17 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     options = [part for o in overrides for part in ("-o", o)]
+    return _kka(folder, "run", "tiny.yaml", *options)
+
+
+def resume(folder: Path) -> subprocess.Popen[str]:
+    """Goes on with the run from its folder."""
+    return _kka(folder, "resume", "runs/tiny")
+
+
+def _kka(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kka_ray.cli", "run", "tiny.yaml", *options],
+        [sys.executable, "-m", "kka_ray.cli", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

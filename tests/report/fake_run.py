@@ -77,8 +77,9 @@ def write(
         },
         "normals": NORMALS,
         "dropped": {"duplicate": 3},
-        "test": {"normals": 600 if anomalies else 0, "anomalies": 600 if anomalies else 0},
+        "test": {"normals": 600 if anomalies else 0, "anomalies": 600 if anomalies else 0, "dropped": {}},
         "budget": 100,
+        "budget_rule": "share",
         "described_fraction": len(descriptions) / NORMALS,
         "drawn_fraction": len(verdicts) / NORMALS,
         "generated_fraction": len(_last(kept, rounds)) / NORMALS,
@@ -87,6 +88,8 @@ def write(
         "audit": _audit(band, verdicts),
         "evaluation": evaluation,
         "truth": _truth(verdicts, _last(kept, rounds), rounds),
+        "threshold": 3.1416,
+        "validation_flagged": 0.05,
         "wall_seconds": 1284.6,
     }
     folder.mkdir(parents=True, exist_ok=True)
