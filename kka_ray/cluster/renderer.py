@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.render.domain import save_reference
     from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.matching import train_matcher
-    from kka_ray.render.training import Settings, Trainer
+    from kka_ray.render.training import Settings, Teacher, Trainer
     from kka_ray.render.training import train as train_network
 
     config, folder = arguments["config"], Path(arguments["folder"])
@@ -114,7 +115,10 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     torch.manual_seed(config.training.seed)
     device = train.device(config.cluster)
     network = _network(config).to(device)
-    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world)
+    teacher = None
+    if config.distil_guidance:
+        teacher = Teacher(copy.deepcopy(network).eval().requires_grad_(False), config.distil_guidance)
+    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world, teacher)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
     track = _Track(config, folder) if rank == 0 else None
@@ -125,7 +129,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
 
     def sample(average: FlowTransformer, step: int) -> None:
         assert track
-        track.picture(draw_samples(average, config.samples), step)
+        track.picture(draw_samples(average, config.samples, config.distil_guidance), step)
 
     checkpoints = folder / "checkpoint"
     every = config.samples_every
@@ -133,7 +137,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     if track:
         track.end()
         card = _card(config, sum(p.numel() for p in network.parameters()), arguments["made_by"])
-        target = export_pipeline(average, folder / "pipeline", card)
+        target = export_pipeline(average, folder / "pipeline", card, config.distil_guidance)
         backbone = Backbone.load(BackboneConfig())
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
@@ -214,9 +218,12 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
 
 def _card(config: RendererConfig, parameters: int, made_by: str) -> str:
     network, training = config.network, config.training
+    way = "flow matching"
+    if config.distil_guidance:
+        way = f"distillation of its drawing with guidance {config.distil_guidance:g} into one evaluation a step"
     return (
         f"# {config.name}\n\nA text-to-image diffusion transformer of {parameters / 1e6:.1f} M parameters, "
         f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from "
-        f"{config.start or 'scratch'} by flow matching.\n\n{config.card}\n"
+        f"{config.start or 'scratch'} by {way}.\n\n{config.card}\n"
         f"Trained for {training.steps} steps of {training.batch} images by {made_by}.\n"
     )

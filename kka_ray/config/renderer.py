@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kka_ray.config.models import ClusterConfig, Data, Strict, TrackingConfig
 
@@ -77,6 +77,9 @@ class RendererConfig(Strict):
     start: str | None = Field(
         None, description="renderer whose weights a new training begins with: builtin: or a folder; by default random"
     )
+    distil_guidance: float | None = Field(
+        None, gt=1, description="learn to draw in one evaluation a step what `start` draws in two with this guidance"
+    )
     training: TrainingConfig
     captions: int = Field(1, ge=1, description="captions made for each photograph; each step draws one")
     samples: tuple[str, ...] = Field((), description="texts that are drawn as the training goes on, to look at")
@@ -86,3 +89,9 @@ class RendererConfig(Strict):
     processes: int = Field(2, ge=1, description="processes that draw procedural images")
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig(experiment="kka-renderers")
+
+    @model_validator(mode="after")
+    def _a_teacher_is_there(self) -> RendererConfig:
+        if self.distil_guidance is not None and self.start is None:
+            raise ValueError("distil_guidance needs a renderer to learn from: set start")
+        return self

@@ -71,6 +71,8 @@ class VllmEngine:
             options["enable_sleep_mode"] = engine.sleep_level > 0
         else:
             options["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+            # The generator of a prompt that is split over two steps is turned back, which those of CPUs refuse.
+            options["enable_chunked_prefill"] = False
         if engine.tensor_parallel > 1:
             # Inside an actor vLLM would otherwise ask Ray for the GPUs that the actor already holds.
             options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}

@@ -24,28 +24,32 @@ MAX_BYTES = 25 * 2**20
 """What a folder of shipped weights may hold at most."""
 
 
-def draw_samples(network: FlowTransformer, texts: Sequence[str]) -> Image.Image:
+def draw_samples(
+    network: FlowTransformer, texts: Sequence[str], distilled_guidance: float | None = None
+) -> Image.Image:
     """A grid with a row a text: `SAMPLES` pictures drawn by the network with the pipeline's defaults, always on the
     same seeds."""
-    pipeline = _pipeline(network)
+    pipeline = _pipeline(network, distilled_guidance)
     pipeline.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(seed) for _ in texts for seed in range(SAMPLES)]
     rows = [text for text in texts for _ in range(SAMPLES)]
-    (pictures,) = pipeline(rows, generator=seeds, return_dict=False)
+    guidance = {} if distilled_guidance is None else {"guidance_scale": distilled_guidance}
+    (pictures,) = pipeline(rows, generator=seeds, return_dict=False, **guidance)
     return make_image_grid(pictures, rows=len(texts), cols=SAMPLES)
 
 
-def export_pipeline(average: FlowTransformer, target: Path, card: str) -> Path:
+def export_pipeline(average: FlowTransformer, target: Path, card: str, distilled_guidance: float | None = None) -> Path:
     """Writes `target` as a diffusers pipeline in float16 safetensors, with `card` as its README.md.
 
-    `average` (the averaged network of a training) stays as it is. Whatever was in `target` is replaced. Raises
-    AssetError, leaving nothing behind, if the folder would exceed `MAX_BYTES`.
+    `average` (the averaged network of a training) stays as it is. `distilled_guidance`: see `KkaFlowPipeline`.
+    Whatever was in `target` is replaced. Raises AssetError, leaving nothing behind, if the folder would exceed
+    `MAX_BYTES`.
     """
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     halved = copy.deepcopy(average).cpu().half()
-    _pipeline(halved).save_pretrained(partial, safe_serialization=True)
+    _pipeline(halved, distilled_guidance).save_pretrained(partial, safe_serialization=True)
     (partial / "README.md").write_text(card)
     size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size > MAX_BYTES:
@@ -60,5 +64,6 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str) -> Path:
     return target
 
 
-def _pipeline(network: FlowTransformer) -> KkaFlowPipeline:
-    return KkaFlowPipeline(network, FlowMatchEulerDiscreteScheduler(shift=SHIFT), second_order=True)
+def _pipeline(network: FlowTransformer, distilled_guidance: float | None) -> KkaFlowPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    return KkaFlowPipeline(network, scheduler, second_order=True, distilled_guidance=distilled_guidance)

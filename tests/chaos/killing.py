@@ -6,7 +6,7 @@ import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -34,9 +34,9 @@ def workers(root: psutil.Process) -> dict[str, list[psutil.Process]]:
     return found
 
 
-def kill_worker(root: psutil.Process, rng: random.Random) -> str | None:
-    """Kills one worker; its kind, or None where there was none to kill."""
-    there = workers(root)
+def kill_worker(root: psutil.Process, rng: random.Random, kinds: Collection[str] = tuple(WORKERS)) -> str | None:
+    """Kills one worker of the given kinds; its kind, or None where there was none to kill."""
+    there = {kind: found for kind, found in workers(root).items() if kind in kinds}
     if not there:
         return None
     kind = rng.choice(sorted(there))

@@ -10,6 +10,7 @@ import random
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ import pytest
 import ray
 
 from tests.chaos.conftest import Tally
-from tests.chaos.killing import PATIENT, assert_all_end, assert_same, disturb, kill_driver, kill_worker
-from tests.integration.tiny_run import finish, start
+from tests.chaos.killing import PATIENT, WORKERS, assert_all_end, assert_same, disturb, kill_driver, kill_worker
+from tests.integration.tiny_run import finish, markers, start
 from tests.logical_cluster import assert_nothing_is_left, logical_cluster
+
+LEAST, LEAST_OF_A_KIND = 50, 4
+"""Kills in the whole suite, and of each kind of worker."""
 
 PATIENCE = 1800
 """Seconds that a disturbed run may take."""
@@ -41,9 +45,30 @@ def test_workers_are_killed(undisturbed: Path, folders: Callable[[], Path], tall
         left -= kills.total()
 
 
+def test_a_kill_of_each_kind_is_borne_by_the_default_configuration(
+    undisturbed: Path, folders: Callable[[], Path], tally: Tally
+) -> None:
+    """Where the attempts and restarts are those that users have."""
+    folder, left, rng = folders(), set(WORKERS), random.Random(5)
+    run = start(folder)
+    root = psutil.Process(run.pid)
+
+    def strike() -> str | None:
+        kind = kill_worker(root, rng, left)
+        left.discard(str(kind))
+        return kind
+
+    kills = disturb(run, strike, rng, len(WORKERS), 1.0)
+    finish(run, PATIENCE)
+    assert_same(folder, undisturbed)
+    tally.add(kills)
+    assert set(kills) == set(WORKERS)
+
+
 def test_the_driver_is_killed(undisturbed: Path, folders: Callable[[], Path], tally: Tally) -> None:
-    """The same command goes on each time, and the dead driver leaves no process behind."""
+    """The same command goes on each time and makes nothing twice, and the dead driver leaves no process behind."""
     rng, folder, kills = random.Random(2), folders(), 0
+    made: dict[Path, int] = {}
     while kills < 8:
         run = start(folder, *PATIENT)
         try:
@@ -51,12 +76,14 @@ def test_the_driver_is_killed(undisturbed: Path, folders: Callable[[], Path], ta
         except subprocess.TimeoutExpired:
             assert_all_end(kill_driver(run))
             kills += 1
+            made |= markers(folder)
         else:
             finish(run, PATIENCE)
             assert_same(folder, undisturbed)
             folder = folders()
     finish(start(folder, *PATIENT), PATIENCE)
     assert_same(folder, undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     tally.add(Counter(driver=kills))
 
 
@@ -91,6 +118,22 @@ def test_nodes_are_lost(undisturbed: Path, folders: Callable[[], Path], tally: T
     tally.add(kills)
 
 
-def test_enough_was_killed(tally: Tally) -> None:
-    """The last test of the suite."""
-    assert tally.kills.total() >= 50
+def test_enough_of_every_kind_was_killed(undisturbed: Path, folders: Callable[[], Path], tally: Tally) -> None:
+    """The last test of the suite makes up for kinds that chance left out."""
+    rng = random.Random(6)
+    for _ in range(10):
+        missing = {kind for kind in WORKERS if tally.kills[kind] < LEAST_OF_A_KIND}
+        short = LEAST - tally.kills.total()
+        if not missing and short <= 0:
+            break
+        folder = folders()
+        run = start(folder, *PATIENT)
+        root, kinds = psutil.Process(run.pid), missing or set(WORKERS)
+        strike = partial(kill_worker, root, rng, kinds)
+        kills = disturb(run, strike, rng, max(short, LEAST_OF_A_KIND * len(missing)), 4.0)
+        finish(run, PATIENCE)
+        assert_same(folder, undisturbed)
+        tally.add(kills)
+    assert tally.kills.total() >= LEAST
+    assert min(tally.kills[kind] for kind in WORKERS) >= LEAST_OF_A_KIND
+    assert tally.kills["node"] > 0

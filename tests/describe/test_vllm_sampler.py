@@ -139,6 +139,13 @@ def test_every_prompt_has_its_lines_and_every_line_its_seed(engine: EngineProces
     assert engine.sample(PROMPTS, 8, 4) != written
 
 
+def test_more_prompts_than_fit_into_one_step(engine: EngineProcess) -> None:
+    """Together they have more tokens than a step takes, so that one of them would have to be split."""
+    prompts = [f"{number}. " + "a white flower with five petals, " * 26 + "\n-" for number in range(24)]
+    lines = engine.sample(prompts, 2, 0)
+    assert [len(own) for own in lines] == [2] * 24
+
+
 def test_nothing_outside_the_machine_can_reach_it(engine: EngineProcess) -> None:
     assert {ip for ip, _ in engine.listening()} <= {"127.0.0.1", "::1"}
 

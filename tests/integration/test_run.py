@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.tiny_run import finish, models_are_missing, resume, start, summary
+from tests.integration.tiny_run import finish, markers, models_are_missing, resume, start, summary
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,10 +42,10 @@ def test_a_run_leaves_complete_records(undisturbed: Path) -> None:
 
 
 def test_the_same_command_again_makes_nothing_anew(undisturbed: Path) -> None:
-    markers, before = _markers(undisturbed), summary(undisturbed)
+    made, before = markers(undisturbed), summary(undisturbed)
     finish(start(undisturbed))
     assert summary(undisturbed) == before
-    assert _markers(undisturbed) == markers
+    assert markers(undisturbed) == made
 
 
 def test_the_summary_has_the_fields_that_others_read(undisturbed: Path) -> None:
@@ -80,14 +80,10 @@ def test_a_killed_run_is_finished_and_makes_nothing_twice(undisturbed: Path, tmp
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = _markers(tmp_path)
+    before = markers(tmp_path)
     finish(start(tmp_path) if stage != "dpo" else resume(tmp_path))
-    assert {path: changed for path, changed in _markers(tmp_path).items() if path in before} == before
+    assert {path: changed for path, changed in markers(tmp_path).items() if path in before} == before
     assert summary(tmp_path) == summary(undisturbed)
-
-
-def _markers(folder: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for p in (folder / "runs" / "store").glob("*/*/committed.json")}
 
 
 def test_another_configuration_in_the_same_folder_is_refused(undisturbed: Path) -> None:

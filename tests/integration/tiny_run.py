@@ -69,6 +69,11 @@ def _kka(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def markers(folder: Path) -> dict[Path, int]:
+    """Every output of the run's store, and when it was committed."""
+    return {p: p.stat().st_mtime_ns for p in (folder / "runs" / "store").glob("*/*/committed.json")}
+
+
 _TIMES = ("wall_seconds", "seconds", "fit_seconds")
 
 
