@@ -625,7 +625,10 @@ class ClusterConfig(Strict):
     train_runtime_env: RuntimeEnv = RuntimeEnv()
     in_flight: int = Field(2, ge=1, description="chunks a worker may have waiting")
     max_restarts: int = Field(
-        3, ge=0, description="times that a Ray Train job is started again; workers in succession that may die at start"
+        3,
+        ge=0,
+        description="times that a Ray Train job is started again; workers in succession that may die at start, or, "
+        "beyond chunk_attempts, do nothing but fail",
     )
     start_timeout: float = Field(1800, gt=0, description="seconds that a pool may be without a worker that is ready")
     chunk_timeout: float = Field(900, gt=0, description="seconds after which a chunk counts as hung")
