@@ -19,7 +19,7 @@ def watched(arguments: dict[str, Any]) -> None:
     tokens with their prompts, and the SHA-256 of the adapter that it ends with.
 
     Where `arguments["mark"]` names a file that is not there, it is made with the first checkpoint, and the first worker
-    ends its process.
+    ends its process. A model is sharded on CPUs as it would be on GPUs.
     """
     from safetensors.torch import save
 
@@ -48,7 +48,25 @@ def watched(arguments: dict[str, Any]) -> None:
             (Path(arguments["reports"]) / f"{number}.json").write_text(json.dumps(report))
 
     dpo.PackedDPOTrainer = Watched  # type: ignore[misc]
+    if arguments["config"].sharding == "fsdp":
+        _shard_on_cpus()
     train.dpo_worker(arguments)
+
+
+def _shard_on_cpus() -> None:
+    """Accelerate shards on GPUs alone, and so do our jobs; torch shards on CPUs too."""
+    import torch
+    from accelerate.state import AcceleratorState, DistributedType
+
+    made = AcceleratorState.__init__
+
+    def make(self: Any, *positional: Any, **named: Any) -> None:
+        made(self, *positional, **named)
+        if named.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, named["fsdp_plugin"]
+
+    AcceleratorState.__init__ = make  # type: ignore[method-assign]
+    train.device = lambda cluster: torch.device("cuda")
 
 
 def run(
