@@ -49,7 +49,10 @@ class Detector(ABC):
         """Anomaly scores, float32 (N,), finite; independent of how images are batched."""
 
     def heatmap(self, features: Features) -> np.ndarray | None:
-        """Anomaly scores by place, float32 (N, h, w) on the patch grid; None where the method has none."""
+        """Anomaly scores by place, float32 (N, h, w), in the method's own unit; None where the method has none.
+
+        What is shown is `kka_ray.detectors.tuned.TunedDetector.heatmap`, in one unit for all.
+        """
         return None
 
     def network(self) -> nn.Module:

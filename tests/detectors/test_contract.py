@@ -1,6 +1,7 @@
 """One contract, every detector."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.scoring import judge
 
 KINDS = tuple(DETECTORS)
 SMALL = {
@@ -149,20 +151,17 @@ def test_fitting_does_not_change_its_inputs(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heatmaps_show_where_or_there_are_none(kind):
-    detector = _fitted(kind)
-    heat = detector.heatmap(TEST_ANOMALIES)
-    if kind == "simplenet_pixels":
-        assert heat.shape == (60, 8, 8)
-        assert heat[:, :4, :4].mean() > heat[:, 4:, 4:].mean() + 1
-    elif detector.needs_pixels and heat is not None:
-        assert heat.shape == (60, 32, 32)
-        assert heat[:, :16, :16].mean() > 2 * heat[:, 16:, 16:].mean()
-    elif not detector.needs_patches:
+    backbone: Any = None  # features are given
+    tuned = TunedDetector.fit(_config(kind), backbone, NORMALS, ANOMALIES, VALIDATION, 0, 0.1)
+    heat = tuned.heatmap(TEST_ANOMALIES)
+    side = {"simplenet_pixels": 8, "beatgan": 32, "genias": 32}.get(kind, 4 if tuned.detector.needs_patches else None)
+    if side is None:
         assert heat is None
-    else:
-        assert heat.shape == (60, 4, 4)
-        assert heat.dtype == np.float32
-        assert heat[:, :2, :2].mean() > heat[:, 2:, 2:].mean() + 1
+        return
+    assert heat.shape == (60, side, side)
+    assert heat.dtype == np.float32
+    half = side // 2
+    assert heat[:, :half, :half].mean() > heat[:, half:, half:].mean() + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,6 +213,21 @@ def test_saved_and_loaded_it_scores_the_same(kind, backbone, tmp_path):
     assert loaded.config == tuned.config
     assert loaded.calibration == tuned.calibration
     assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hottest_places_of_validation_normals_are_the_unit_of_the_heat_that_is_shown(kind, backbone, tmp_path):
+    validation = _images(20, 1)
+    tuned = _tune(kind, backbone, _images(24, 0), validation)
+    tuned.save(tmp_path)
+    for detector in (tuned, TunedDetector.load(tmp_path, backbone)):
+        _, heat = judge(detector, validation, heat=True)
+        if detector.detector.heatmap(detector.extract(validation[:1])) is None:
+            assert heat is None
+            continue
+        hottest = heat.max((1, 2))
+        assert np.median(hottest) == pytest.approx(0, abs=0.01)
+        assert np.median(np.abs(hottest)) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
