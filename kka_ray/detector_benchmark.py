@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from kka_ray import versions
+from kka_ray.config.loading import load
 from kka_ray.config.models import (
     BackboneConfig,
     Cifar100Data,
     Data,
     MagneticTileData,
     Oxford102Data,
+    RunConfig,
     UcmData,
 )
+from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.data import open_data
 from kka_ray.data.base import DataModule, ImageSet, content_hash
 from kka_ray.detectors import DETECTORS, build, default, outside
@@ -104,14 +107,21 @@ def measure(
     say: Callable[[str], None],
     only: Sequence[str] = (),
     again: bool = False,
+    frozen: Path | None = None,
 ) -> list[Row]:
     """Measures what is missing in `target`, which is written after every row; returns all rows.
 
     folder: holds `cifar100`, `cifar10`, `oxford102`, `ucm_captions` and `magnetic_tile` in Parquet. only: names of data
     sets, detectors or sources; each of the three kinds that is named is restricted to its names. again: rows that are
-    there are measured anew. Raises ConfigError for an unknown name, DataError if data is missing or damaged.
+    there are measured anew. frozen: a run's configuration whose detectors are measured beside the default ones (see
+    `frozen_detectors`). Raises ConfigError for an unknown name or a configuration that cannot be read, DataError if
+    data is missing or damaged.
     """
-    data_sets, detectors, sources = choose(only)
+    at_32px = {} if frozen is None else frozen_detectors(frozen, folder)
+    known_detectors = {kind: default(kind) for kind in DETECTORS} | at_32px
+    data_sets, detectors, sources = choose(only, tuple(known_detectors))
+    configs = {name: known_detectors[name] for name in detectors}
+    names: dict[str, str] = {config.kind: name for name, config in at_32px.items()}
     rows = {row.key: row for row in _read(target)}
     backbone = Backbone.load(BackboneConfig())
     for name in data_sets:
@@ -119,9 +129,9 @@ def measure(
         for seed in range(seeds):
             data = open_data(*DATA_SETS[name](folder, seed))
             known = {} if again else rows
-            for row in _measure_seed(name, seed, data, folder, bank, detectors, sources, known):
+            for row in _measure_seed(name, seed, data, folder, bank, configs, sources, known):
                 rows[row.key] = row
-                _write(target, rows.values())
+                _write(target, rows.values(), names)
                 what = f"{name} seed {seed}: {row.detector}, {row.source} ({row.count})"
                 say(f"{what}: AUC {row.auc:.4f}, {row.fit_seconds:.1f} s")
     old = sum(row.version != VERSION for row in rows.values())
@@ -130,9 +140,19 @@ def measure(
     return list(rows.values())
 
 
-def choose(only: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def frozen_detectors(file: Path, folder: Path) -> dict[str, DetectorConfig]:
+    """The detectors of a run at 32 px, as in `configs/detectors_32px.yaml`, by the names of their rows.
+
+    One with the default options has the row of its kind, which is measured anyway; another is `KIND (32 px)`. Raises
+    ConfigError if the file cannot be read.
+    """
+    config = load(file, RunConfig, [f"data.path={folder / 'cifar100'}"])
+    return {d.kind if d == default(d.kind) else f"{d.kind} (32 px)": d for d in config.detect.detectors}
+
+
+def choose(only: Sequence[str], detectors: Sequence[str] = tuple(DETECTORS)) -> tuple[list[str], list[str], list[str]]:
     """Data sets, detectors and sources that the names in `only` leave. Raises ConfigError for an unknown name."""
-    kinds = [list(DATA_SETS), list(DETECTORS), [NONE, *KINDS, OUTSIDE]]
+    kinds = [list(DATA_SETS), list(detectors), [NONE, *KINDS, OUTSIDE]]
     unknown = [name for name in only if not any(name in kind for kind in kinds)]
     if unknown:
         known = "; ".join(", ".join(kind) for kind in kinds)
@@ -147,17 +167,17 @@ def _measure_seed(
     data: DataModule,
     folder: Path,
     bank: FeatureBank,
-    detectors: Sequence[str],
+    detectors: Mapping[str, DetectorConfig],
     sources: Sequence[str],
-    known: dict[Key, Row],
+    known: Mapping[Key, Row],
 ) -> Iterator[Row]:
     normals = data.normals()
     count = max(int(SHARE * (len(normals.train) + len(normals.validation))), AT_LEAST)
     wanted = [
         (detector, source, count if source != NONE else 0)
         for source in sources
-        for detector in detectors
-        if _fits(detector, source)
+        for detector, config in detectors.items()
+        if _fits(config, source)
     ]
     missing = [(d, s, n) for d, s, n in wanted if (name, d, s, n, seed) not in known]
     if not missing:
@@ -169,9 +189,10 @@ def _measure_seed(
         images = _anomalies(source, normals.train.images, count, seed, folder)
         anomalies = bank.features(bare(images)) if images else None
         for detector in [d for d, s, _ in missing if s == source]:
-            config = default(detector)
             started = time.perf_counter()
-            tuned = TunedDetector.fit(config, bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES)
+            tuned = TunedDetector.fit(
+                detectors[detector], bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES
+            )
             seconds = time.perf_counter() - started
             measured = metrics(tuned.score(tested).score, test.anomalous)
             few = test.images[:_TIMED_IMAGES]
@@ -191,8 +212,8 @@ def _measure_seed(
             )
 
 
-def _fits(detector: str, source: str) -> bool:
-    made = build(default(detector))
+def _fits(config: DetectorConfig, source: str) -> bool:
+    made = build(config)
     return not made.needs_anomalies if source == NONE else not made.ignores_anomalies
 
 
@@ -238,7 +259,8 @@ def _read(target: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(target.read_text())["rows"]]
 
 
-def _write(target: Path, rows: Any) -> None:
+def _write(target: Path, rows: Any, at_32px: Mapping[str, str]) -> None:
+    """`at_32px`: the names of the rows of the frozen detectors, by their kind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted((asdict(row) for row in rows), key=lambda r: (r["data"], r["detector"], r["source"], r["seed"]))
-    write_json(target, {"versions": versions.computing(), "rows": ordered})
+    write_json(target, {"versions": versions.computing(), "at_32px": dict(at_32px), "rows": ordered})
