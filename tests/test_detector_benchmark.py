@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 from kka_ray import assets, detector_benchmark
 from kka_ray.data.base import ImageSet
 from kka_ray.data.decode import encode_png
-from kka_ray.detector_benchmark import AT_LEAST, FeatureBank, choose, frozen_detectors, measure
+from kka_ray.detector_benchmark import AT_LEAST, DATA_SETS, FeatureBank, Row, by_cost, choose, frozen_detectors, measure
 from kka_ray.detectors import DETECTORS, default
 from kka_ray.detectors.sources import KINDS
 from kka_ray.errors import ConfigError
@@ -35,6 +36,49 @@ def test_frozen_detectors_have_rows_of_their_own_unless_they_are_the_default_one
     for name, config in found.items():
         assert (config == default(config.kind)) == (name == config.kind)
     assert choose(["ae_svdd (32 px)"], [*DETECTORS, *found])[1] == ["ae_svdd (32 px)"]
+
+
+def test_what_is_cheap_is_measured_first_and_every_data_set_before_the_next_seed(tmp_path, monkeypatch):
+    order = []
+
+    def one_row_each(name, seed, data, folder, bank, detectors, sources, known):
+        for detector in detectors:
+            order.append((seed, name, detector))
+            yield Row(name, detector, "none", 0, seed, 0.5, 0.5, 0.5, 1.0, 1.0, 0)
+
+    monkeypatch.setattr(detector_benchmark, "_measure_seed", one_row_each)
+    monkeypatch.setattr(detector_benchmark, "open_data", lambda config, seed: None)
+    monkeypatch.setattr(detector_benchmark.Backbone, "load", lambda config: None)
+    only = ["beatgan", "simplenet", "knn", "fused"]
+    measure(tmp_path, 2, tmp_path / "rows.json", None, lambda text: None, only)  # type: ignore[arg-type]
+    sets = ["magnetic_tile", "oxford102", "ucm_captions", "cifar100_furniture"]
+    assert list(DATA_SETS) == sets
+    assert order == [
+        (seed, name, detector)
+        for part in (["knn", "fused"], ["simplenet"], ["beatgan"])
+        for seed in (0, 1)
+        for name in sets
+        for detector in part
+    ]
+
+
+def test_pixels_cost_most():
+    parts = by_cost(frozen_detectors(ROOT / "configs" / "detectors_32px.yaml", Path("data")) | {"knn": default("knn")})
+    assert [list(part) for part in parts] == [
+        ["knn"],
+        ["ae_svdd (32 px)", "beatgan", "genias", "simplenet_pixels"],
+    ]
+
+
+def test_the_time_of_an_image_is_the_median_of_warmed_calls(monkeypatch):
+    clock, seconds = [0.0], iter([9.0, 0.1, 0.5, 0.2])
+
+    def score(images):
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(detector_benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert detector_benchmark._milliseconds(score, [np.zeros(0)] * 10) == pytest.approx(20)
+    assert next(seconds, None) is None
 
 
 class _Counting:
