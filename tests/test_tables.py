@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,12 @@ def test_the_distance_of_simplenet_at_32_px_from_the_paper_is_computed(tables: M
     above = tables.detectors({"at_32px": names, "rows": [_row("simplenet_pixels", 0.7562)]})
     assert "1.0 points above the 0.7462" in above
     assert "paper" not in tables.detectors({"rows": rows})
+
+
+def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "renderer.json").read_text())
+    more = {"fidelity_seeds": 3, "class_top1_std": 0.0123, "unseen_gain_ratio": 0.6, "unseen_gain_ratio_std": 0.1}
+    text = tables.renderer(result | {"class_top1": 0.25} | more)
+    assert "5 seeds (fidelity: 3)" in text
+    assert "top-1 | 0.2500 ± 0.0123 |" in text
+    assert "| 0.6000 ± 0.1000 |" in text
