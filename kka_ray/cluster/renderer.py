@@ -15,7 +15,7 @@ from kka_ray.config.loading import dump
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.errors import AssetError, ConfigError, StageError
-from kka_ray.files import write_text
+from kka_ray.files import write_json, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,16 +28,18 @@ _RUN = "mlflow_run"
 _MATCHED = 20_000
 """Images at most that the similarity to texts is learned from."""
 _DATA = "data.safetensors"
-_DATA_FORMAT = 2
+_COUNTS = "sources.json"
+_DATA_FORMAT = 3
 """Raised when other data would be made of the same configuration."""
 
 
 def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: str | None = None) -> Path:
     """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
 
-    Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples and `config.yaml` lie in OUTPUT/NAME; the
-    same command, or one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted
-    training. Metrics and grids go to MLflow as well. `made_by` says in the model card how the weights came about.
+    Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples, `sources.json` with the images of each
+    source and what was left out of it, and `config.yaml` lie in OUTPUT/NAME; the same command, or one with that
+    `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted training. Metrics and grids go to
+    MLflow as well. `made_by` says in the model card how the weights came about.
     """
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,10 @@ class _Track:
 
 
 def _data(config: RendererConfig, folder: Path) -> TrainingData:
-    """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training."""
+    """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training.
+
+    Beside them lies how many images each source has, and how many were left out.
+    """
     from kka_ray.features.text import TextEncoder
     from kka_ray.render.sources import read_sources
     from kka_ray.render.training import TrainingData
@@ -206,7 +211,8 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
     found = TrainingData.load(folder / _DATA, identity)
     if found is not None:
         return found
-    images, captions = read_sources(config)
+    images, captions, counts = read_sources(config)
+    write_json(folder / _COUNTS, counts)
     data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
     data.save(folder / _DATA, identity)
     return data

@@ -18,7 +18,8 @@ class FlowersSource(Strict):
 
 
 class HeldOut(Strict):
-    """Of the normal class of an evaluation, only images that it trains on for every one of the seeds are shown."""
+    """Of the normal class of an evaluation, only images that it trains on for every one of the seeds are shown; of any
+    class, no copy of an image that it validates or tests on."""
 
     data: Data = Field(description="its path is the source's")
     seeds: int = Field(5, ge=1, description="seeds 0 to N - 1")

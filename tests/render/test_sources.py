@@ -20,9 +20,9 @@ from kka_ray.render.sources import read_sources
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """40 chairs and 3 oaks of 8 px, as CIFAR-100 is stored."""
+    """40 chairs and 3 oaks of 8 px, as CIFAR-100 is stored. Of the two test pictures one is a copy of the first oak."""
     rng = np.random.default_rng(0)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "image": encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)),
             "label": 0,
@@ -35,6 +35,9 @@ def folder(tmp_path: Path) -> Path:
         for n in range(43)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    new = {"image": encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))}
+    tests = [rows[40] | {"source": "test/0.png"}, rows[40] | {"source": "test/1.png"} | new]
+    pq.write_table(pa.Table.from_pylist(tests), tmp_path / "test-00000-of-00001.parquet")
     return tmp_path
 
 
@@ -51,7 +54,8 @@ def config(folder: Path, **source: Any) -> RendererConfig:
 
 
 def test_every_photograph_comes_with_its_captions(folder: Path) -> None:
-    images, captions = read_sources(config(folder))
+    images, captions, counts = read_sources(config(folder))
+    assert counts == [{"images": 43}]
     assert images.shape == (43, 16, 16, 3)
     assert {len(texts) for texts in captions} == {3}
     assert all("chair" in text for texts in captions[:40] for text in texts)
@@ -77,9 +81,14 @@ def test_images_that_an_evaluation_holds_back_are_not_shown(folder: Path) -> Non
     data = {"kind": "cifar100", "path": folder.name, "validation": 10}
     trained = config(folder, held_out={"data": data, "seeds": 2})
     trained = trained.model_copy(update={"network": trained.network.model_copy(update={"image_size": 8})})
-    shown = {content_hash(image) for image in read_sources(trained)[0]}
+    images, _, (counts,) = read_sources(trained)
+    shown = {content_hash(image) for image in images}
     for seed in (0, 1):
-        module = parse({**data, "path": str(folder)}, Cifar100Data, "test")
-        normals = open_data(module, seed).normals()
-        assert not shown & {content_hash(image) for image in normals.validation.images}
-    assert 20 <= len(shown) - 3 < 30
+        module = open_data(parse({**data, "path": str(folder)}, Cifar100Data, "test"), seed)
+        tested = module.test()
+        assert tested is not None
+        held_back = (*module.normals().validation.images, *tested.images)
+        assert not shown & {content_hash(image) for image in held_back}
+    assert 20 <= len(shown) - 2 < 30
+    # The oak that is tested on as well is left out although its row is not.
+    assert counts == {"images": len(shown), "held_out": 42 - len(shown), "copies": 1}
