@@ -31,6 +31,8 @@ _DATA = "data.safetensors"
 _COUNTS = "sources.json"
 _DATA_FORMAT = 3
 """Raised when other data would be made of the same configuration."""
+_MAY_CHANGE = frozenset({"steps", "decay_from", "ema", "checkpoint_every"})
+"""Settings that say how a training ends, and what it keeps: one that goes on may have others than it began with."""
 
 
 def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: str | None = None) -> Path:
@@ -40,9 +42,17 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     source and what was left out of it, and `config.yaml` lie in OUTPUT/NAME; the same command, or one with that
     `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted training. Metrics and grids go to
     MLflow as well. `made_by` says in the model card how the weights came about.
+
+    Raises ConfigError if there is a checkpoint of a training with other images, network, start or settings, but for
+    those that say how it ends.
     """
+    from kka_ray.render.training import CHECKPOINT, check_checkpoint
+
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "checkpoint" / CHECKPOINT).is_file():
+        # The images can only be compared by the workers, which have them; the folder's configuration is still the old.
+        check_checkpoint(folder / "checkpoint", _identity(config))
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
@@ -63,7 +73,7 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
     A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
     NAME-K of its own, K being the checkpoint's step. The training itself stays as it is and can go on. Raises
-    ConfigError if it has no checkpoint.
+    ConfigError if it has no checkpoint, or one of another training (see `train_renderer`).
     """
     from safetensors import safe_open
 
@@ -116,7 +126,8 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     torch.manual_seed(config.training.seed)
     device = train.device(config.cluster)
     network = _network(config).to(device)
-    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world)
+    identity = _identity(config) | {"data": data.identity()}
+    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world, identity)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
     track = _Track(config, folder) if rank == 0 else None
@@ -140,6 +151,19 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
         train_matcher(target, data, rows, backbone, TextEncoder())
+
+
+def _identity(config: RendererConfig) -> dict[str, Any]:
+    """What a training and the checkpoint that it goes on from must have in common, as JSON values by name.
+
+    Raises AssetError if there is no renderer `config.start`.
+    """
+    values = config.model_dump(mode="json", include={"network", "training", "captions"})
+    settings = {name: value for name, value in tracking.flatten(values) if name.split(".")[-1] not in _MAY_CHANGE}
+    # Without defaults, as those that another version adds change nothing.
+    sources = [source.model_dump(mode="json", exclude_defaults=True) for source in config.sources]
+    start = None if config.start is None else assets.resolve(config.start).identity
+    return settings | {"sources": sources, "start": start}
 
 
 def _network(config: RendererConfig) -> FlowTransformer:
