@@ -134,6 +134,18 @@ def test_scores_do_not_depend_on_the_batch(kind):
     _assert_close(np.concatenate(parts), detector.score(TEST))
 
 
+@pytest.mark.parametrize("kind", ["knn", "fused", "mlp_head", "energy_head", "patchcore"])
+def test_the_normals_are_not_converted_at_every_call(kind, monkeypatch):
+    detector = _fitted(kind)
+    restored = build(_config(kind)).restore(*detector.state())
+    converted = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: (converted.append(len(x)), double(x))[1])
+    for one in (detector, restored):
+        one.score(TEST.take(range(50)))
+    assert set(converted) == {50}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_restoring_the_state_gives_the_same_scores(kind):
     detector = _fitted(kind)
