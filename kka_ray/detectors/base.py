@@ -19,6 +19,9 @@ class Detector(ABC):
     A detector is made from its configuration (`kka_ray.config.models`) and does nothing before `fit` or `restore`.
     """
 
+    needs_pooled: bool = True
+    """Whether `Features.pooled` is read; where not, it may have no dimensions, and scoring needs no backbone."""
+
     needs_patches: ClassVar[bool] = False
     """Whether `Features.patches` must be there."""
 

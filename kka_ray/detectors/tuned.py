@@ -23,6 +23,7 @@ from kka_ray.detectors.training import ALONE, Training
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
 
 VERSION = 17
@@ -124,8 +125,15 @@ class TunedDetector:
         return cls(config, backbone, detector, calibration)
 
     def extract(self, images: Sequence[np.ndarray]) -> Features:
-        """What the detector reads of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
-        return self.backbone.extract(images, self.detector.needs_patches, self.detector.needs_pixels)
+        """What the detector reads of uint8 images (H, W, 3) of any sizes; the backbone is run only if it reads that.
+
+        Raises DataError for no images, or others.
+        """
+        if len(images) == 0:
+            raise DataError("there are no images to score")
+        if self.detector.needs_pooled or self.detector.needs_patches:
+            return self.backbone.extract(images, self.detector.needs_patches, self.detector.needs_pixels)
+        return Features.of_pixels(pixels(images))
 
     def score(self, features: Features) -> Scores:
         """Scores of features that the same backbone extracted."""

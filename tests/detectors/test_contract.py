@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
-from kka_ray.config.models import IGNORE_ANOMALIES, Detector
+from kka_ray.config.models import IGNORE_ANOMALIES, AeSvdd, Detector
 from kka_ray.detectors import DETECTORS, build
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import AssetError, DataError
@@ -205,6 +205,28 @@ def test_it_says_that_it_needs_pixels(kind):
 
 def _images(count: int, seed: int, shape: tuple[int, ...] = (32, 32, 3)) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8))
+
+
+READ_PIXELS_ONLY = {"simplenet_pixels", "beatgan", "genias"}
+
+
+@pytest.mark.parametrize("config", [*map(_config, KINDS), AeSvdd(kind="ae_svdd", input="pixels", epochs=1)])
+def test_the_backbone_is_run_only_for_detectors_that_read_its_features(config, backbone, monkeypatch):
+    normals, validation, anomalies = (backbone.extract(_images(n, n), patches=True) for n in (24, 20, 6))
+    tuned = TunedDetector.fit(config, backbone, normals, anomalies, validation, 0, 0.1)
+    images = _images(5, 2, (40, 56, 3))
+    whole = tuned.score(backbone.extract(images, patches=True)).score
+    runs, forward = [], Backbone.forward
+
+    def counted(self, x, patches):
+        runs.append(len(x))
+        return forward(self, x, patches)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    assert np.array_equal(tuned.score_images(images).score, whole)
+    assert bool(runs) == (config.kind not in READ_PIXELS_ONLY and getattr(config, "input", "features") == "features")
+    with pytest.raises(DataError, match="no images"):
+        tuned.score_images([])
 
 
 def _tune(kind: str, backbone: Backbone, normals: list[np.ndarray], validation: list[np.ndarray]) -> TunedDetector:
