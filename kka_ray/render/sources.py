@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from kka_ray.config.renderer import FlowersSource, ParquetSource, RendererConfig
+from kka_ray.config.models import FlowersData
+from kka_ray.config.renderer import DataSource, FlowersSource, ParquetSource, RendererConfig
 from kka_ray.data import flowers, open_data
 from kka_ray.data.base import content_hash
 from kka_ray.data.parquet import decode_rows, read_rows, shards
@@ -45,7 +46,10 @@ def read_sources(config: RendererConfig) -> Captioned:
             captions += [(text,) for text in texts]
             counts.append({"images": len(pictures)})
         else:
-            rows, photographs, left_out = _shown(source, Path(config.data))
+            root = Path(config.data)
+            rows, photographs, left_out = (
+                _normals(source, root) if isinstance(source, DataSource) else _shown(source, root)
+            )
             squares = [_square(p, config.network.image_size) for p in photographs]
             images.append(np.stack(squares))
             rng = np.random.default_rng([config.training.seed, 3, number])
@@ -68,6 +72,20 @@ def _draw_flowers(source: FlowersSource, processes: int) -> tuple[Sequence[np.nd
 def _draw_shard(count: int, seed: int, shard: int) -> tuple[np.ndarray, list[str]]:
     drawn = flowers.make_renderer_data(count, seed, shard)
     return np.stack([d.image for d in drawn]), [d.caption for d in drawn]
+
+
+def _normals(source: DataSource, root: Path) -> tuple[list[dict[str, Any]], Sequence[np.ndarray], dict[str, int]]:
+    """As `_shown`, the training normals of a data set; left out are those that validate, and what the set dropped."""
+    data = source.data
+    if not isinstance(data, FlowersData):
+        data = data.model_copy(update={"path": str(root / data.path)})
+    normals = open_data(data, source.seed).normals()
+    shown = normals.train
+    rows = [
+        {"class_name": name, "superclass": None, "captions": [caption]}
+        for name, caption in zip(shown.classes, shown.captions, strict=True)
+    ]
+    return rows, shown.images, {"validation": len(normals.validation), **normals.dropped}
 
 
 def _shown(source: ParquetSource, root: Path) -> tuple[list[dict[str, Any]], Sequence[np.ndarray], dict[str, int]]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kka_ray.config.loading import parse
-from kka_ray.config.models import Cifar100Data
+from kka_ray.config.models import Cifar100Data, FolderData
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.data import open_data
 from kka_ray.data.base import content_hash
@@ -75,6 +75,30 @@ def test_superclasses_and_classes_are_left_out(folder: Path) -> None:
     assert len(read_sources(config(folder, without_classes=["oak_tree"]))[0]) == 40
     with pytest.raises(ConfigError, match="fish"):
         read_sources(config(folder, without_superclasses=["fish"]))
+
+
+def test_the_training_normals_of_a_folder_are_shown_with_their_captions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "cups" / "good").mkdir(parents=True)
+    for n in range(20):
+        file = tmp_path / "cups" / "good" / f"{n:02d}.png"
+        file.write_bytes(encode_png(rng.integers(0, 256, (16, 12, 3), dtype=np.uint8)))
+        if n % 2:
+            file.with_suffix(".txt").write_text(f"cup number {n}, with a handle.\n")
+    data = {"kind": "folder", "path": "cups", "description": "a blue cup"}
+    values = config(tmp_path / "cups").model_dump() | {"sources": [{"kind": "data", "data": data, "seed": 3}]}
+    images, captions, counts = read_sources(parse(values, RendererConfig, "test"))
+
+    module = open_data(parse({**data, "path": str(tmp_path / "cups")}, FolderData, "test"), 3)
+    normals = module.normals()
+    assert images.shape == (len(normals.train), 16, 16, 3)
+    assert counts == [{"images": len(normals.train), "validation": 4, **normals.dropped}]
+    for id_, texts in zip(normals.train.ids, captions, strict=True):
+        number = int(Path(id_).stem)
+        assert len(texts) == 3
+        assert all(
+            f"cup number {number}, with a handle" in text if number % 2 else "blue cup" in text for text in texts
+        )
 
 
 def test_images_that_an_evaluation_holds_back_are_not_shown(folder: Path) -> None:
