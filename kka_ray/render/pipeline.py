@@ -191,9 +191,10 @@ class KkaFlowPipeline(DiffusionPipeline):
         config, device = self.transformer.config, self._execution_device
         text = torch.zeros(len(prompts), config.max_text_tokens, config.text_width, device=device)
         mask = torch.zeros(len(prompts), config.max_text_tokens, dtype=torch.bool, device=device)
+        # One by one: in a batch the rounding of a text's states would depend on the texts beside it.
+        encoded = {p: self._encoder.tokens([p], config.max_text_tokens) for p in dict.fromkeys(prompts)}
         for row, prompt in enumerate(prompts):
-            # One by one: in a batch the rounding of a text's states would depend on the texts beside it.
-            states, present = self._encoder.tokens([prompt], config.max_text_tokens)
+            states, present = encoded[prompt]
             text[row, : states.shape[1]] = states[0].to(device)
             mask[row, : states.shape[1]] = present[0].to(device)
         return text, mask
