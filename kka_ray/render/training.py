@@ -69,9 +69,9 @@ class TrainingData:
         """SHA-256 of the images and of their captions, which are known by the state of their first token."""
         digest = hashlib.sha256()
         states = self.states[self.starts].numpy()
-        for part in (self.images, self.captions.numpy(), self.lengths.numpy(), states):
-            digest.update(str(part.shape).encode())
-            digest.update(np.ascontiguousarray(part).data)
+        for content in (self.images, self.captions.numpy(), self.lengths.numpy(), states):
+            digest.update(str(content.shape).encode())
+            digest.update(np.ascontiguousarray(content).data)
         return digest.hexdigest()
 
     def save(self, file: Path, identity: str) -> None:
