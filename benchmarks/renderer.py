@@ -4,7 +4,8 @@ DIR holds `cifar100` in Parquet; MODEL is a text-to-image pipeline (builtin:, hu
 `configs/cifar100_furniture.yaml` says unless `--steps` and the like say otherwise. Features are those of
 EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without four whole
 superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A seed changes the split, what the
-language model writes and what is drawn. Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
+language model writes and what is drawn; of the fidelity, of which `--fidelity-seeds` says the seeds, what is drawn and
+which real images the Fréchet distance compares. Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from kka_ray.features.base import Features
 from kka_ray.features.text import TextEncoder
 from kka_ray.files import write_json
 from kka_ray.render.matching import Matcher, draw_matching
-from kka_ray.render.renderer import Renderer
+from kka_ray.render.renderer import DrawError, Renderer
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "renderer.json"
@@ -92,10 +93,20 @@ def real_vs_drawn(real: np.ndarray, drawn: np.ndarray, seed: int) -> float:
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over seeds, and its standard deviation as `..._std`."""
+    """Mean of each figure over seeds, and, of more than one seed, its standard deviation as `..._std`."""
     spreads = {name: spread([row[name] for row in rows]) for name in rows[0]}
     means = {name: values["mean"] for name, values in spreads.items()}
-    return means | {f"{name}_std": values["std"] for name, values in spreads.items()}
+    return means | ({f"{name}_std": values["std"] for name, values in spreads.items()} if len(rows) > 1 else {})
+
+
+def gain_ratio(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean gain on what the second renderer never saw over that of the first, and the deviation of the seeds' ratios.
+
+    The ratio is of the means: a single seed's gain may be near 0.
+    """
+    ratio = float(np.mean([row["unseen_gain"] for row in rows]) / np.mean([row["seen_gain"] for row in rows]))
+    of_seeds = summary([{"unseen_gain_ratio": row["unseen_gain"] / row["seen_gain"]} for row in rows])
+    return of_seeds | {"unseen_gain_ratio": ratio}
 
 
 class Drawer:
@@ -106,15 +117,12 @@ class Drawer:
         self.renderer = Renderer.load(config, threads=threads)
         self.matcher = Matcher.load(config.pipeline) if config.match else None
 
-    def draw(self, texts: Sequence[str], seed: int) -> list[np.ndarray]:
-        """One image a text, but for those that failed."""
+    def draw(self, texts: Sequence[str], seed: int) -> list[np.ndarray | DrawError]:
+        """One image a text, or why there is none."""
         seeds = [100_000 * seed + i for i in range(len(texts))]
         if self.matcher is None or self.config.match is None:
-            images = self.renderer.draw(texts, seeds)
-        else:
-            drawn = draw_matching(self.renderer, self.matcher, self.config.match, texts, seeds)
-            images = [d.image for d in drawn]
-        return [image for image in images if isinstance(image, np.ndarray)]
+            return self.renderer.draw(texts, seeds)
+        return [d.image for d in draw_matching(self.renderer, self.matcher, self.config.match, texts, seeds)]
 
 
 class Bench:
@@ -137,22 +145,28 @@ class Bench:
         groups = {row["class_name"]: row["superclass"] for row in train}
         self.test_groups = np.array([groups[name] for name in test.classes])
 
-    def fidelity(self, grid: Path | None) -> dict[str, float]:
-        """Nearest class centroids and Fréchet distance of `A_CLASS` images of every class; some of them into `grid`."""
+    def fidelity(self, seed: int, grid: Path | None) -> dict[str, float]:
+        """Nearest class centroids and Fréchet distance of `A_CLASS` images of every class; some of them into `grid`.
+
+        What could not be drawn is left out of both, and counted as `class_failed`.
+        """
         centroids = np.stack([self.train[self.train_labels == c].mean(0) for c in range(len(self.classes))])
         centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
         texts = [f"a photo of {with_article(name.replace('_', ' '))}" for name in self.classes for _ in range(A_CLASS)]
-        images = self.renderer.draw(texts, 0)
+        images = self.renderer.draw(texts, seed)
         if grid is not None:
             save_grid([images[self.classes.index(name) * A_CLASS + i] for name in SHOWN for i in range(A_ROW)], grid)
-        drawn = self._features(images)
-        ranks = class_ranks(drawn, np.repeat(np.arange(len(self.classes)), A_CLASS), centroids)
+        labels = np.repeat(np.arange(len(self.classes)), A_CLASS)
+        there = [(image, label) for image, label in zip(images, labels, strict=True) if isinstance(image, np.ndarray)]
+        drawn = self._features([image for image, _ in there])
+        ranks = class_ranks(drawn, np.array([label for _, label in there]), centroids)
         # Sets of one size: the distance depends on it.
-        rows = np.random.default_rng(0).permutation(min(len(self.train), len(self.test)))[: len(drawn)]
+        rows = np.random.default_rng(seed).permutation(min(len(self.train), len(self.test)))[: len(drawn)]
         real = frechet(self.train[rows], self.test[rows])
         return {
             "class_top1": float((ranks < 1).mean()),
             "class_top5": float((ranks < 5).mean()),
+            "class_failed": len(images) - len(there),
             "frechet_ratio": frechet(drawn, self.test[rows]) / real,
         }
 
@@ -208,8 +222,8 @@ class Bench:
         raise RuntimeError(f"the guard let only {len(passed)} of {20 * 8 * len(prompts)} lines pass")
 
     def draw(self, renderer: Drawer, texts: Sequence[str], seed: int) -> np.ndarray:
-        """Features of one image a text."""
-        return self._features(renderer.draw(texts, seed))
+        """Features of one image a text, but for those that failed."""
+        return self._features([image for image in renderer.draw(texts, seed) if isinstance(image, np.ndarray)])
 
     def _features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         return self.backbone.extract(list(images), patches=False).pooled
@@ -218,9 +232,11 @@ class Bench:
         return Cifar100Data(kind="cifar100", path=str(self.data / "cifar100"))
 
 
-def save_grid(images: Sequence[np.ndarray], target: Path) -> None:
-    """A row for every `A_ROW` images, twice their size."""
-    pictures = [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in images]
+def save_grid(images: Sequence[np.ndarray | DrawError], target: Path) -> None:
+    """A row for every `A_ROW` images, twice their size; white where there is none."""
+    blank = np.full((64, 64, 3), 255, np.uint8)
+    shown = [image if isinstance(image, np.ndarray) else blank for image in images]
+    pictures = [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in shown]
     make_image_grid(pictures, rows=len(images) // A_ROW, cols=A_ROW).save(target, optimize=True)
 
 
@@ -252,6 +268,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--redraws", type=int, help="times that an image unlike its text is drawn again")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fidelity-seeds", type=int, default=1, help=f"each draws {A_CLASS} images of every class")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--target", type=Path, default=RESULT)
     parser.add_argument("--grid", type=Path, help="a PNG of images of some classes")
@@ -265,22 +282,25 @@ def main() -> None:
     if arguments.without_superclasses:
         second = Drawer(config.model_copy(update={"pipeline": arguments.without_superclasses}), arguments.threads)
     bench = Bench(arguments.data, Drawer(config, arguments.threads), second)
+    fidelity = [bench.fidelity(s, arguments.grid if s == 0 else None) for s in range(arguments.fidelity_seeds)]
+    rows = [bench.seed(seed) for seed in range(arguments.seeds)]
     result: dict[str, Any] = {
         "renderer": arguments.renderer,
         "steps": config.steps,
         "guidance": config.guidance,
         "match": config.match.model_dump() if config.match else None,
         "seeds": arguments.seeds,
+        "fidelity_seeds": arguments.fidelity_seeds,
         "threads": arguments.threads,
-        **bench.fidelity(arguments.grid),
-        **summary([bench.seed(seed) for seed in range(arguments.seeds)]),
+        **summary(fidelity),
+        **summary(rows),
         **speed(config, arguments.threads),
     }
     if second is None:
         result["unseen_gain_ratio"] = None
         result["unseen_gain_reason"] = "no renderer trained without the four superclasses was given"
     else:
-        result["unseen_gain_ratio"] = result["unseen_gain"] / result["seen_gain"]
+        result |= gain_ratio(rows)
     arguments.target.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.target, result)
 

@@ -301,13 +301,16 @@ def bench_detectors(
     only: Annotated[list[str] | None, typer.Option(help="a data set, detector or source; may be given again")] = None,
     target: Annotated[Path, typer.Option(help="the JSON file to write")] = Path("benchmarks/results/detectors.json"),
     store: Annotated[str, typer.Option(help="URI of the store for backbone features")] = "runs/store",
+    frozen: Annotated[Path, typer.Option(help="the run whose detectors at 32 px are measured as well")] = Path(
+        "configs/detectors_32px.yaml"
+    ),
     again: Annotated[bool, typer.Option("--again", help="measure anew what is there")] = False,
 ) -> None:
     """Measures every detector with every source of anomalies without a language model. The same command goes on."""
     from kka_ray import detector_benchmark
     from kka_ray.store import Store
 
-    rows = detector_benchmark.measure(data, seeds, target, Store(store), _say, only or (), again=again)
+    rows = detector_benchmark.measure(data, seeds, target, Store(store), _say, only or (), again=again, frozen=frozen)
     _say(f"{len(rows)} rows: {target}. `python benchmarks/tables.py` writes them into docs/results.md")
 
 

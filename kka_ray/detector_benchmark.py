@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from kka_ray import versions
+from kka_ray.config.loading import load
 from kka_ray.config.models import (
     BackboneConfig,
     Cifar100Data,
     Data,
     MagneticTileData,
     Oxford102Data,
+    RunConfig,
     UcmData,
 )
+from kka_ray.config.models import Detector as DetectorConfig
 from kka_ray.data import open_data
 from kka_ray.data.base import DataModule, ImageSet, content_hash
 from kka_ray.detectors import DETECTORS, build, default, outside
@@ -40,7 +45,7 @@ AT_LEAST = 50
 """Anomalies where the share is less, as in the runs on small data sets."""
 
 _FALSE_POSITIVES = 0.05
-_TIMED_IMAGES = 32
+_TIMED_IMAGES, _TIMED_CALLS = 32, 3
 
 Key = tuple[str, str, str, int, int]
 
@@ -60,7 +65,7 @@ class Row:
     fit_seconds: float
     """Features given."""
     ms_per_image: float
-    """From pixels to the score, images in batches, backbone included."""
+    """From pixels to the score, images in batches, backbone included; median of several calls."""
     version: int
     """Of what is fitted (`kka_ray.detectors.tuned.VERSION`)."""
 
@@ -88,12 +93,13 @@ def _tiles(folder: Path, seed: int) -> tuple[Data, int]:
 
 
 DATA_SETS: dict[str, Callable[[Path, int], tuple[Data, int]]] = {
-    "cifar100_furniture": _furniture,
+    "magnetic_tile": _tiles,
     "oxford102": _poppies,
     "ucm_captions": _aerial,
-    "magnetic_tile": _tiles,
+    "cifar100_furniture": _furniture,
 }
-"""From a name to the configuration and the seed of a data module, given the folder of all sets and a seed."""
+"""From a name to the configuration and the seed of a data module, given the folder of all sets and a seed; the
+costliest set comes last."""
 
 
 def measure(
@@ -104,35 +110,59 @@ def measure(
     say: Callable[[str], None],
     only: Sequence[str] = (),
     again: bool = False,
+    frozen: Path | None = None,
 ) -> list[Row]:
     """Measures what is missing in `target`, which is written after every row; returns all rows.
 
     folder: holds `cifar100`, `cifar10`, `oxford102`, `ucm_captions` and `magnetic_tile` in Parquet. only: names of data
     sets, detectors or sources; each of the three kinds that is named is restricted to its names. again: rows that are
-    there are measured anew. Raises ConfigError for an unknown name, DataError if data is missing or damaged.
+    there are measured anew. frozen: a run's configuration whose detectors are measured beside the default ones (see
+    `frozen_detectors`). Raises ConfigError for an unknown name or a configuration that cannot be read, DataError if
+    data is missing or damaged.
     """
-    data_sets, detectors, sources = choose(only)
+    at_32px = {} if frozen is None else frozen_detectors(frozen, folder)
+    known_detectors = {kind: default(kind) for kind in DETECTORS} | at_32px
+    data_sets, detectors, sources = choose(only, tuple(known_detectors))
+    configs = {name: known_detectors[name] for name in detectors}
+    names: dict[str, str] = {config.kind: name for name, config in at_32px.items()}
     rows = {row.key: row for row in _read(target)}
-    backbone = Backbone.load(BackboneConfig())
-    for name in data_sets:
-        bank = FeatureBank(store, backbone)
-        for seed in range(seeds):
-            data = open_data(*DATA_SETS[name](folder, seed))
-            known = {} if again else rows
-            for row in _measure_seed(name, seed, data, folder, bank, detectors, sources, known):
-                rows[row.key] = row
-                _write(target, rows.values())
-                what = f"{name} seed {seed}: {row.detector}, {row.source} ({row.count})"
-                say(f"{what}: AUC {row.auc:.4f}, {row.fit_seconds:.1f} s")
+    bank = FeatureBank(store, Backbone.load(BackboneConfig()))
+    # What takes long comes last, and every data set before the next seed: a benchmark that is cut short covers most.
+    for part, seed, name in itertools.product(by_cost(configs), range(seeds), data_sets):
+        data = open_data(*DATA_SETS[name](folder, seed))
+        for row in _measure_seed(name, seed, data, folder, bank, part, sources, {} if again else rows):
+            rows[row.key] = row
+            _write(target, rows.values(), names)
+            what = f"{name} seed {seed}: {row.detector}, {row.source} ({row.count})"
+            say(f"{what}: AUC {row.auc:.4f}, {row.fit_seconds:.1f} s")
     old = sum(row.version != VERSION for row in rows.values())
     if old:
         say(f"{old} rows were measured by another version of the detectors: --again measures them anew")
     return list(rows.values())
 
 
-def choose(only: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def by_cost(configs: Mapping[str, DetectorConfig]) -> list[dict[str, DetectorConfig]]:
+    """The detectors in parts, the cheapest first: those that read one feature an image, patches, and pixels."""
+    parts: dict[tuple[bool, bool], dict[str, DetectorConfig]] = {}
+    for name, config in configs.items():
+        made = build(config)
+        parts.setdefault((made.needs_pixels, made.needs_patches), {})[name] = config
+    return [parts[reads] for reads in sorted(parts)]
+
+
+def frozen_detectors(file: Path, folder: Path) -> dict[str, DetectorConfig]:
+    """The detectors of a run at 32 px, as in `configs/detectors_32px.yaml`, by the names of their rows.
+
+    One with the default options has the row of its kind, which is measured anyway; another is `KIND (32 px)`. Raises
+    ConfigError if the file cannot be read.
+    """
+    config = load(file, RunConfig, [f"data.path={folder / 'cifar100'}"])
+    return {d.kind if d == default(d.kind) else f"{d.kind} (32 px)": d for d in config.detect.detectors}
+
+
+def choose(only: Sequence[str], detectors: Sequence[str] = tuple(DETECTORS)) -> tuple[list[str], list[str], list[str]]:
     """Data sets, detectors and sources that the names in `only` leave. Raises ConfigError for an unknown name."""
-    kinds = [list(DATA_SETS), list(DETECTORS), [NONE, *KINDS, OUTSIDE]]
+    kinds = [list(DATA_SETS), list(detectors), [NONE, *KINDS, OUTSIDE]]
     unknown = [name for name in only if not any(name in kind for kind in kinds)]
     if unknown:
         known = "; ".join(", ".join(kind) for kind in kinds)
@@ -147,17 +177,17 @@ def _measure_seed(
     data: DataModule,
     folder: Path,
     bank: FeatureBank,
-    detectors: Sequence[str],
+    detectors: Mapping[str, DetectorConfig],
     sources: Sequence[str],
-    known: dict[Key, Row],
+    known: Mapping[Key, Row],
 ) -> Iterator[Row]:
     normals = data.normals()
     count = max(int(SHARE * (len(normals.train) + len(normals.validation))), AT_LEAST)
     wanted = [
         (detector, source, count if source != NONE else 0)
         for source in sources
-        for detector in detectors
-        if _fits(detector, source)
+        for detector, config in detectors.items()
+        if _fits(config, source)
     ]
     missing = [(d, s, n) for d, s, n in wanted if (name, d, s, n, seed) not in known]
     if not missing:
@@ -169,15 +199,13 @@ def _measure_seed(
         images = _anomalies(source, normals.train.images, count, seed, folder)
         anomalies = bank.features(bare(images)) if images else None
         for detector in [d for d, s, _ in missing if s == source]:
-            config = default(detector)
             started = time.perf_counter()
-            tuned = TunedDetector.fit(config, bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES)
+            tuned = TunedDetector.fit(
+                detectors[detector], bank.backbone, train, anomalies, validation, seed, _FALSE_POSITIVES
+            )
             seconds = time.perf_counter() - started
             measured = metrics(tuned.score(tested).score, test.anomalous)
-            few = test.images[:_TIMED_IMAGES]
-            started = time.perf_counter()
-            tuned.score_images(few)
-            each = 1000 * (time.perf_counter() - started) / len(few)
+            each = _milliseconds(tuned.score_images, test.images[:_TIMED_IMAGES])
             yield Row(
                 name,
                 detector,
@@ -191,8 +219,18 @@ def _measure_seed(
             )
 
 
-def _fits(detector: str, source: str) -> bool:
-    made = build(default(detector))
+def _milliseconds(score: Callable[[Sequence[np.ndarray]], object], images: Sequence[np.ndarray]) -> float:
+    """What an image takes, as the median of several calls after one that warms up."""
+    times = []
+    for _ in range(1 + _TIMED_CALLS):
+        started = time.perf_counter()
+        score(images)
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times[1:]) / len(images)
+
+
+def _fits(config: DetectorConfig, source: str) -> bool:
+    made = build(config)
     return not made.needs_anomalies if source == NONE else not made.ignores_anomalies
 
 
@@ -238,7 +276,8 @@ def _read(target: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(target.read_text())["rows"]]
 
 
-def _write(target: Path, rows: Any) -> None:
+def _write(target: Path, rows: Any, at_32px: Mapping[str, str]) -> None:
+    """`at_32px`: the names of the rows of the frozen detectors, by their kind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted((asdict(row) for row in rows), key=lambda r: (r["data"], r["detector"], r["source"], r["seed"]))
-    write_json(target, {"versions": versions.computing(), "rows": ordered})
+    write_json(target, {"versions": versions.computing(), "at_32px": dict(at_32px), "rows": ordered})

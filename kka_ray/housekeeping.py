@@ -221,7 +221,7 @@ def _attempt_folders(store: Store, stage: str, key: str) -> Iterator[tuple[str, 
     for path in store.filesystem.ls(store.path(stage, key), detail=False):
         name = path.rstrip("/").rsplit("/", 1)[-1]
         match = _ATTEMPT.fullmatch(name)
-        # A marker that was not renamed any more has the name of its attempt, and a dot.
+        # A marker that was not put in its place any more has the name of its attempt, and a dot.
         if match and (match[1] != keep or name.startswith(".")):
             files = store.filesystem.find(path) or [path]
             yield name, int(store.filesystem.du(path)), _newest(store, files)

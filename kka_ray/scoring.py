@@ -30,7 +30,7 @@ COLUMNS = ("file", "status", "score", "robust_z", "percentile", "verdict", "erro
 
 _MAX_BYTES = 8 * MAX_PIXELS + 1_000_000  # 16-bit RGBA without compression, and a header
 _HOT = 6.0
-"""Heat from which an overlay is at full strength, unless the image holds more; 0 and less is left clear."""
+"""Heat, in MADs of validation normals, from which an overlay is at full strength, unless the image holds more."""
 _OVERLAY_SIDE = 1024
 _SHEET_IMAGES = 100
 _THUMBNAIL = 128
@@ -85,18 +85,18 @@ def load_detector(model: Path, device: str = "cpu", engine: Engine = "torch") ->
 
 
 def judge(tuned: TunedDetector, images: Sequence[np.ndarray], heat: bool) -> tuple[Scores, np.ndarray | None]:
-    """Scores of uint8 images (H, W, 3), and if asked for their heat (N, h, w) on the patch grid.
+    """Scores of uint8 images (H, W, 3), and if asked for their heat (N, h, w), as `TunedDetector.heatmap` gives it.
 
     The heat is None as well if the detector does not localise. Features are extracted once for both.
     """
     features = tuned.extract(images)
-    return tuned.score(features), tuned.detector.heatmap(features) if heat else None
+    return tuned.score(features), tuned.heatmap(features) if heat else None
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Heat (h, w) laid over an image, uint8 (H, W, 3), in yellow to red; at most 1024 px a side.
+    """Heat (h, w) from `judge` laid over an image, uint8 (H, W, 3), in yellow to red; at most 1024 px a side.
 
-    Clear where the heat is 0, that is as in a typical normal image, or less.
+    Clear where the heat is 0, that is as hot as a typical normal image gets anywhere, or less.
     """
     height, width = image.shape[:2]
     scale = min(1.0, _OVERLAY_SIDE / max(height, width))
@@ -120,8 +120,9 @@ def score_folder(
     images, the most anomalous first) and, if asked for and the detector localises, `heatmaps/FILE.png`. All of it is
     written elsewhere first and put in place at the end; what an earlier scoring left in `output` is replaced.
 
-    A file that cannot be read is a row with the error. Raises AssetError without a detector, DataError without images
-    or if `output` holds heat maps of something else, ResourceError if it cannot be written.
+    A file that cannot be read is a row with the error. Raises AssetError without a detector, or if heat maps are asked
+    of one that was saved before they had a scale; DataError without images or if `output` holds heat maps of something
+    else; ResourceError if it cannot be written.
     """
     tuned = load_detector(model, engine=engine)
     files = _find(images, output)

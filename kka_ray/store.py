@@ -3,8 +3,10 @@
 An output is a folder of files under `STORE/STAGE/KEY/`. Its key is a hash of everything that determines its content,
 so an output that is there need not be made again, by this run or by any other. Files are written into a folder of the
 attempt's own; the marker `committed.json`, written last, names that folder and the SHA-256 of each file. An output
-without a marker does not exist. Two attempts at the same output do no harm: they have the same content, and the later
-marker wins.
+without a marker does not exist. Of two attempts at the same output the first marker stays, and the other attempt is
+discarded: what was once read does not change, even where a stage does not repeat bit for bit. Object stores know no
+write of what is absent alone, so there two attempts that end within the same moment may both write, the later one over
+the earlier.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import posixpath
 import shutil
 import tempfile
@@ -216,7 +219,11 @@ class Store:
         return folder
 
     def commit(self, attempt: Attempt, inputs: Mapping[str, Any]) -> Output:
-        """Writes the marker, after which the output exists. `inputs` is what its key was made of."""
+        """Writes the marker, after which the output exists. `inputs` is what its key was made of.
+
+        Where another attempt was first, this one is discarded and the output is the other's. Raises ResourceError if
+        the storage is full or refuses.
+        """
         marker = {
             "attempt": attempt.name,
             "files": attempt.files,
@@ -224,16 +231,34 @@ class Store:
             "seconds": round(time.perf_counter() - attempt.started, 3),
         }
         content = (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode()
-        path = self.path(attempt.stage, attempt.key, _MARKER)
         if self.is_local:
-            # A rename is atomic; object stores replace whole objects anyhow.
-            temporary = self.path(attempt.stage, attempt.key, f".{attempt.name}.json")
-            self.put(temporary, content)
-            Path(temporary).replace(path)
-        else:
-            self.put(path, content)
-        self.used.add((attempt.stage, attempt.key))
-        return Output(self, attempt.stage, attempt.key, marker)
+            self._link_marker(attempt, content)
+        elif self.find(attempt.stage, attempt.key) is None:
+            self.put(self.path(attempt.stage, attempt.key, _MARKER), content)
+        output = self.find(attempt.stage, attempt.key)
+        if output is None:
+            raise StoreError(f"{attempt.stage}/{attempt.key} was removed from {self.uri} as it was committed")
+        if output.marker["attempt"] != attempt.name:
+            self.discard(attempt)
+        return output
+
+    def _link_marker(self, attempt: Attempt, content: bytes) -> None:
+        """Puts a whole marker in its place, unless there is one that can be read."""
+        path = Path(self.path(attempt.stage, attempt.key, _MARKER))
+        temporary = path.with_name(f".{attempt.name}.json")
+        self.put(str(temporary), content)
+        try:
+            os.link(temporary, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            if self.find(attempt.stage, attempt.key) is None:  # cut short
+                temporary.replace(path)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot link {path}: {error}. A store lies on a file system with hard links, or at a URI such as "
+                "s3://BUCKET/kka"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def get_or_make(
         self, stage: str, version: int, inputs: Mapping[str, Any], make: Callable[[Attempt], None]

@@ -13,6 +13,7 @@ from typing import Any
 
 from kka_ray import prepare
 from kka_ray.cluster import workers
+from kka_ray.confusion import judge
 from kka_ray.describe import drift, prompts
 from kka_ray.detectors import tuned
 from kka_ray.preference import dpo, pairs
@@ -42,8 +43,9 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
         renderer.VERSION,
         ("render/renderer.py", "render/pipeline.py", "render/transformer.py", "render/masks.py"),
     ),
+    "judge": (judge.VERSION, ("confusion", "encoders", "features/robust.py")),
     "pairs": (pairs.VERSION, ("preference/pairs.py",)),
-    "dpo": (dpo.VERSION, ("preference/dpo.py", "preference/packing.py")),
+    "dpo": (dpo.VERSION, ("preference/dpo.py", "preference/trainer.py", "preference/packing.py")),
     "fit": (tuned.VERSION, ("detectors", "encoders", "features/base.py", "features/robust.py")),
 }
 

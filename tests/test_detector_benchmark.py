@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +10,14 @@ import pytest
 from kka_ray import assets, detector_benchmark
 from kka_ray.data.base import ImageSet
 from kka_ray.data.decode import encode_png
-from kka_ray.detector_benchmark import AT_LEAST, FeatureBank, choose, measure
-from kka_ray.detectors import DETECTORS
+from kka_ray.detector_benchmark import AT_LEAST, DATA_SETS, FeatureBank, Row, by_cost, choose, frozen_detectors, measure
+from kka_ray.detectors import DETECTORS, default
 from kka_ray.detectors.sources import KINDS
 from kka_ray.errors import ConfigError
 from kka_ray.features.base import Features
 from kka_ray.store import Store
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_names_restrict_their_kind_only():
@@ -23,6 +27,58 @@ def test_names_restrict_their_kind_only():
     assert choose(())[1] == list(DETECTORS)
     with pytest.raises(ConfigError, match="--only svm: there is no such"):
         choose(["knn", "svm"])
+
+
+def test_frozen_detectors_have_rows_of_their_own_unless_they_are_the_default_ones():
+    found = frozen_detectors(ROOT / "configs" / "detectors_32px.yaml", Path("data"))
+    assert {config.kind for config in found.values()} == {"ae_svdd", "beatgan", "genias", "simplenet_pixels"}
+    assert found["ae_svdd (32 px)"].input == "pixels"
+    for name, config in found.items():
+        assert (config == default(config.kind)) == (name == config.kind)
+    assert choose(["ae_svdd (32 px)"], [*DETECTORS, *found])[1] == ["ae_svdd (32 px)"]
+
+
+def test_what_is_cheap_is_measured_first_and_every_data_set_before_the_next_seed(tmp_path, monkeypatch):
+    order = []
+
+    def one_row_each(name, seed, data, folder, bank, detectors, sources, known):
+        for detector in detectors:
+            order.append((seed, name, detector))
+            yield Row(name, detector, "none", 0, seed, 0.5, 0.5, 0.5, 1.0, 1.0, 0)
+
+    monkeypatch.setattr(detector_benchmark, "_measure_seed", one_row_each)
+    monkeypatch.setattr(detector_benchmark, "open_data", lambda config, seed: None)
+    monkeypatch.setattr(detector_benchmark.Backbone, "load", lambda config: None)
+    only = ["beatgan", "simplenet", "knn", "fused"]
+    measure(tmp_path, 2, tmp_path / "rows.json", None, lambda text: None, only)  # type: ignore[arg-type]
+    sets = ["magnetic_tile", "oxford102", "ucm_captions", "cifar100_furniture"]
+    assert list(DATA_SETS) == sets
+    assert order == [
+        (seed, name, detector)
+        for part in (["knn", "fused"], ["simplenet"], ["beatgan"])
+        for seed in (0, 1)
+        for name in sets
+        for detector in part
+    ]
+
+
+def test_pixels_cost_most():
+    parts = by_cost(frozen_detectors(ROOT / "configs" / "detectors_32px.yaml", Path("data")) | {"knn": default("knn")})
+    assert [list(part) for part in parts] == [
+        ["knn"],
+        ["ae_svdd (32 px)", "beatgan", "genias", "simplenet_pixels"],
+    ]
+
+
+def test_the_time_of_an_image_is_the_median_of_warmed_calls(monkeypatch):
+    clock, seconds = [0.0], iter([9.0, 0.1, 0.5, 0.2])
+
+    def score(images):
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(detector_benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert detector_benchmark._milliseconds(score, [np.zeros(0)] * 10) == pytest.approx(20)
+    assert next(seconds, None) is None
 
 
 class _Counting:
@@ -73,6 +129,9 @@ def test_a_killed_run_goes_on_and_rows_are_complete(tmp_path):
         for g in range(32)
     ]
     write("magnetic_tile", "all-0.parquet", tiles)
+    frozen = tmp_path / "frozen.yaml"
+    detector = "{kind: ae_svdd, input: pixels, pretrain_epochs: 1, epochs: 1}"
+    frozen.write_text(f"name: x\ndata: {{kind: cifar100}}\ndetect: {{headline: ae_svdd, detectors: [{detector}]}}\n")
     write("cifar10", "train-0.parquet", [{"image": picture(100), "source": f"c{i}"} for i in range(AT_LEAST)])
     target, said = tmp_path / "out" / "detectors.json", []
 
@@ -81,19 +140,23 @@ def test_a_killed_run_goes_on_and_rows_are_complete(tmp_path):
         if len(said) == 2:
             raise KeyboardInterrupt
 
-    only = ["magnetic_tile", "knn", "head", "none", "noise", "cifar10"]
+    only = ["magnetic_tile", "knn", "head", "ae_svdd (32 px)", "none", "noise", "cifar10"]
     with pytest.raises(KeyboardInterrupt):
-        measure(tmp_path, 2, target, Store(str(tmp_path / "store")), stop_after_two, only)
+        measure(tmp_path, 2, target, Store(str(tmp_path / "store")), stop_after_two, only, frozen=frozen)
     first = json.loads(target.read_text())["rows"]
     assert len(first) == 2
     again: list[str] = []
-    rows = measure(tmp_path, 2, target, Store(str(tmp_path / "store")), again.append, only)
+    rows = measure(tmp_path, 2, target, Store(str(tmp_path / "store")), again.append, only, frozen=frozen)
     # k-NN ignores anomalies and the head needs some.
     assert sorted((r.detector, r.source, r.count, r.seed) for r in rows) == sorted(
         (d, s, n, seed)
         for seed in (0, 1)
-        for d, s, n in [("knn", "none", 0), ("head", "noise", AT_LEAST), ("head", "cifar10", AT_LEAST)]
+        for d, s, n in [
+            *(("knn", "none", 0), ("head", "noise", AT_LEAST), ("head", "cifar10", AT_LEAST)),
+            *(("ae_svdd (32 px)", s, AT_LEAST if s != "none" else 0) for s in ("none", "noise", "cifar10")),
+        ]
     )
-    assert len(again) == 4
+    assert len(again) == 10
+    assert json.loads(target.read_text())["at_32px"] == {"ae_svdd": "ae_svdd (32 px)"}
     assert all(row in json.loads(target.read_text())["rows"] for row in first)
     assert all(0 <= r.auc <= 1 and r.fit_seconds > 0 and r.ms_per_image > 0 for r in rows)

@@ -1,6 +1,8 @@
 import gc
 import json
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,6 +97,47 @@ def test_a_cut_marker_counts_as_none(tmp_path: Path) -> None:
     marker = tmp_path / "stage" / output.key / "committed.json"
     marker.write_text(marker.read_text()[:20])
     assert store.find("stage", output.key) is None
+
+
+def test_of_two_attempts_the_first_stays_and_the_other_is_discarded(store: Store) -> None:
+    key = stage_key("stage", 1, {})
+    first, second = Attempt(store, "stage", key), Attempt(store, "stage", key)
+    first.write("file", b"what a reader may have read")
+    second.write("file", b"something else")
+    read = store.commit(first, {})
+    lost = store.commit(second, {})
+    assert lost.marker == read.marker
+    found = store.find("stage", key)
+    assert found is not None
+    assert found.read("file") == b"what a reader may have read"
+    folder = store.path("stage", key)
+    left = {path.rsplit("/", 1)[-1] for path in store.filesystem.ls(folder, detail=False)}
+    assert left == {first.name, "committed.json"}
+    store.remove("stage", key)
+    assert store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"new")).read("file") == b"new"
+
+
+def test_a_cut_marker_is_replaced(store: Store) -> None:
+    first = store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"old"))
+    marker = store.path("stage", first.key, "committed.json")
+    store.filesystem.pipe_file(marker, store.filesystem.cat_file(marker)[:20])
+    assert store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"new")).read("file") == b"new"
+    found = store.find("stage", first.key)
+    assert found is not None
+    assert found.read("file") == b"new"
+
+
+def test_many_that_commit_at_once_agree(tmp_path: Path) -> None:
+    key, start = stage_key("stage", 1, {}), threading.Barrier(8)
+
+    def attempt(number: int) -> bytes:
+        attempt = Attempt(Store(str(tmp_path)), "stage", key)
+        attempt.write("file", b"%d" % number)
+        start.wait(timeout=20)
+        return attempt.store.commit(attempt, {}).read("file")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(attempt, range(8)))) == 1
 
 
 def test_a_full_disk_is_said_and_leaves_no_output(tmp_path: Path) -> None:

@@ -1,8 +1,23 @@
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_tables_of_the_results_are_those_of_the_measurements() -> None:
@@ -11,3 +26,33 @@ def test_the_tables_of_the_results_are_those_of_the_measurements() -> None:
         [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def _row(detector: str, auc: float, source: str = "none", seed: int = 0) -> dict[str, object]:
+    row = {"data": "cifar100_furniture", "detector": detector, "source": source, "count": 0, "seed": seed}
+    return {**row, "auc": auc, "fit_seconds": 1.0, "ms_per_image": 1.0}
+
+
+def test_the_distance_of_simplenet_at_32_px_from_the_paper_is_computed(tables: ModuleType) -> None:
+    rows = [
+        *(_row("simplenet_pixels", auc, seed=seed) for seed, auc in enumerate((0.70, 0.72))),
+        _row("simplenet_pixels", 0.99, source="noise"),
+        _row("ae_svdd (32 px)", 0.6),
+        _row("knn", 0.94),
+    ]
+    names = {"ae_svdd": "ae_svdd (32 px)", "beatgan": "beatgan", "simplenet_pixels": "simplenet_pixels"}
+    text = tables.detectors({"at_32px": names, "rows": rows})
+    assert "`configs/detectors_32px.yaml`: `ae_svdd (32 px)`, `simplenet_pixels`." in text
+    assert "0.7100 ± 0.0141 on CIFAR-100 furniture, 3.6 points below the 0.7462" in text
+    above = tables.detectors({"at_32px": names, "rows": [_row("simplenet_pixels", 0.7562)]})
+    assert "1.0 points above the 0.7462" in above
+    assert "paper" not in tables.detectors({"rows": rows})
+
+
+def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "renderer.json").read_text())
+    more = {"fidelity_seeds": 3, "class_top1_std": 0.0123, "unseen_gain_ratio": 0.6, "unseen_gain_ratio_std": 0.1}
+    text = tables.renderer(result | {"class_top1": 0.25} | more)
+    assert "5 seeds (fidelity: 3)" in text
+    assert "top-1 | 0.2500 ± 0.0123 |" in text
+    assert "| 0.6000 ± 0.1000 |" in text

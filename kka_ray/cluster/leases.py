@@ -1,8 +1,8 @@
 """Leases on outputs in the making, so that two trials that want the same one do not both make it.
 
 One actor of the job keeps the ledger. A holder beats every few seconds from a thread of its process, so a lease whose
-process died runs out by itself and the next in line makes the output. Leases save work and guard nothing: two attempts
-at the same output have the same content, and the store takes either.
+process died runs out by itself and the next in line makes the output. Leases save work and guard nothing: of two
+attempts at the same output the store keeps the first.
 """
 
 from __future__ import annotations

@@ -23,13 +23,18 @@ def reserve(name: str, pool: PoolConfig, cluster: ClusterConfig) -> Any:
     group = placement_group([bundle] * pool.workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
     if not group.wait(cluster.start_timeout):
         remove_placement_group(group)
-        free = ray.available_resources()
-        raise ResourceError(
-            f"{name}: {pool.workers} x ({pool.cpus:g} CPU, {pool.gpus:g} GPU) were not free within "
-            f"{cluster.start_timeout:g} s (cluster.start_timeout); free now: {free.get('CPU', 0):g} CPU, "
-            f"{free.get('GPU', 0):g} GPU. `ray status` says who has the rest"
-        )
+        raise not_free(name, pool.workers, pool.cpus, pool.gpus, cluster)
     return group
+
+
+def not_free(name: str, workers: int, cpus: float, gpus: float, cluster: ClusterConfig) -> ResourceError:
+    """The error for places that were waited for in vain, each of `cpus` and `gpus`."""
+    free = ray.available_resources()
+    return ResourceError(
+        f"{name}: {workers} x ({cpus:g} CPU, {gpus:g} GPU) were not free within {cluster.start_timeout:g} s "
+        f"(cluster.start_timeout); free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. `ray status` says "
+        "who has the rest"
+    )
 
 
 def release(group: Any) -> None:

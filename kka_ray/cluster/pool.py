@@ -5,6 +5,9 @@ dies is replaced, and its chunks are done anew. A chunk that fails `cluster.chun
 exception or by taking longer than `cluster.chunk_timeout`, is searched by halving for the rows at fault, without
 keeping what the parts make. Then the whole chunk is done again without those rows: what it makes depends on the chunk
 and on the rows at fault alone, and never on who was killed when.
+
+A worker may also live on with an engine that is dead, and fail whatever it is given. So a failure counts only if the
+worker was new or had done what it was given last, and one that fails several times in succession is replaced.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
 
 log = logging.getLogger(__name__)
+_SEVERAL = 3
+"""Failures in succession after which a worker is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,8 @@ class _Item:
     number: int
     task: Task
     search: _Search | None = None
-    start: int = 0
-    """Of a part: its first row within the chunk."""
     failures: int = 0
+    """Those that count."""
     searches: int = 0
     """Times that the chunk was searched without finding a row at fault."""
     reference: Any = None
@@ -60,7 +64,8 @@ class _Search:
     """The search for the rows at fault in a chunk."""
 
     item: _Item
-    open: int = 0
+    open: int
+    """Parts that are not done with; the chunk itself until it is halved."""
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -75,6 +80,8 @@ class _Worker:
     """In the order in which it does them."""
     ended: str = ""
     """Why we ended it."""
+    failures: list[str] = field(default_factory=list)
+    """Reasons of its failures since it was started or last did what it was given."""
 
 
 @dataclass
@@ -101,6 +108,8 @@ class Pool:
     _group: Any = None
     _bad_starts: int = 0
     """Workers in succession that died before they were ready."""
+    _failing: int = 0
+    """Workers that were replaced because they failed, since any did what it was given."""
     _idle_since: float = 0.0
     """Since when no worker was ready."""
 
@@ -122,8 +131,8 @@ class Pool:
     def collect(self) -> list[tuple[int, Any]]:
         """(chunk number, result) of what is ready. Replaces dead and hung workers, and hands out more chunks.
 
-        Raises StageError if workers cannot be started or a chunk fails for no row's sake, ResourceError if none gets
-        a place, and the errors of ours that a worker raised.
+        Raises StageError if workers cannot be started or do nothing but fail, or if a chunk fails for no row's sake,
+        ResourceError if none gets a place, and the errors of ours that a worker raised.
         """
         results = []
         waited_for = self.references
@@ -138,9 +147,16 @@ class Pool:
     def rest(self) -> None:
         """Calls `sleep()` of every worker that is ready: it gives memory back until its next chunk.
 
-        One that is dead has given it back already, and is replaced with its next chunk.
+        One that is dead, or is killed as it is not asleep within `cluster.chunk_timeout`, has given it back as well and
+        is replaced with its next chunk.
         """
-        for call in [worker.actor.sleep.remote() for worker in self._workers if worker.loading is None]:
+        calls = {worker.actor.sleep.remote(): worker for worker in self._workers if worker.loading is None}
+        done = ray.wait(list(calls), num_returns=len(calls), timeout=self.config.chunk_timeout)[0] if calls else []
+        for call, worker in calls.items():
+            if call not in done:
+                log.warning("%s: a worker is not asleep after %g s", self.name, self.config.chunk_timeout)
+                ray.kill(worker.actor)
+                continue
             try:
                 ray.get(call)
             except RayActorError as error:
@@ -176,22 +192,30 @@ class Pool:
             try:
                 result = ray.get(item.reference)
             except RayActorError as error:
+                self._let_go(worker)
+                self._failed(worker, item, worker.ended or "the worker's process died")
                 self._replace(worker, str(error))
                 break
             except RayTaskError as error:
                 if isinstance(error.cause, KkaError):
                     raise error.cause from None
                 self._let_go(worker)
-                self._failed(item, f"{type(error.cause).__name__}: {error.cause}")
+                self._failed(worker, item, f"{type(error.cause).__name__}: {error.cause}")
                 if type(error.cause).__name__ == "AcceleratorError":
                     self._replace(worker, "its device is lost")
                     break
             except RayError as error:  # an argument or a result was lost, as with a node
                 self._let_go(worker)
-                self._failed(item, f"{type(error).__name__}: {error}")
+                self._failed(worker, item, f"{type(error).__name__}: {error}")
             else:
                 self._let_go(worker)
+                if any(row[0] not in item.task.failed for row in item.task.rows):
+                    worker.failures.clear()
+                    self._failing = 0
                 results += self._done(item, result)
+            if len(worker.failures) >= _SEVERAL:
+                self._give_up(worker)
+                break
         return results
 
     def _loaded(self, worker: _Worker) -> None:
@@ -218,16 +242,23 @@ class Pool:
         del self._owner[worker.items.popleft().reference]
         worker.since = time.monotonic()
 
+    def _give_up(self, worker: _Worker) -> None:
+        """Another worker for one that only fails, unless the ones before it did no better."""
+        self._failing += 1
+        if self._failing > self.config.max_restarts + self.config.chunk_attempts:
+            raise StageError(
+                f"{self.name}: {self._failing} workers in succession failed {_SEVERAL} times each and did nothing that "
+                f"they were given; the last time: {worker.failures[-1]}"
+            )
+        self._replace(worker, f"it failed {_SEVERAL} times in succession, the last time by {worker.failures[-1]}")
+
     def _replace(self, worker: _Worker, why: str) -> None:
-        """Another worker for one that is gone: the chunk it worked on has failed once, the rest is queued again."""
+        """Another worker for one that is gone or of no use; its chunks are queued again."""
         log.warning("%s: a worker is replaced: %s", self.name, worker.ended or why.splitlines()[0])
         ray.kill(worker.actor)  # it may be unreachable only
         for reference in (worker.loading, *(item.reference for item in worker.items)):
             self._owner.pop(reference, None)
-        first, *others = worker.items or [None]
-        self._waiting.extendleft(item for item in reversed(others) if item)
-        if first:
-            self._failed(first, worker.ended or "the worker's process died")
+        self._waiting.extendleft(reversed(worker.items))
         self._workers[self._workers.index(worker)] = self._start_worker()
 
     def _end_hung(self) -> None:
@@ -286,31 +317,31 @@ class Pool:
         self._close(item.search)
         return []
 
-    def _failed(self, item: _Item, reason: str) -> None:
-        """Another attempt, or a closer look at the rows."""
-        item.failures += 1
-        alone = len(item.task.rows) == 1
-        again = item.failures < self.config.chunk_attempts and (alone or item.search is None)
-        if again:
-            self._waiting.appendleft(item)
-        elif item.search is None:
-            self._probe(_Search(item), item, 0)
-        elif not alone:
-            self._probe(item.search, item, item.start)
-            self._close(item.search)
-        else:
+    def _failed(self, worker: _Worker, item: _Item, reason: str) -> None:
+        """Another attempt, or a closer look at the rows. A part of several rows is halved at once: it blames nobody."""
+        if item.search is None or len(item.task.rows) == 1:
+            item.failures += not worker.failures
+            worker.failures.append(reason)
+            if item.failures < self.config.chunk_attempts:
+                # What comes next may show whether it is the worker's fault, unless it has failed itself.
+                behind = 1 if self._waiting and not self._waiting[0].failures else 0
+                self._waiting.insert(behind, item)
+                return
+        search = item.search or _Search(item, open=1)
+        if len(item.task.rows) == 1:
             id_ = item.task.rows[0][0]
-            item.search.failed[id_] = reason
+            search.failed[id_] = reason
             self.found(id_, reason)
-            self._close(item.search)
+        else:
+            self._probe(search, item)
+        self._close(search)
 
-    def _probe(self, search: _Search, item: _Item, start: int) -> None:
-        """Queues the halves of a chunk or of a part of it; a single row is a part by itself."""
+    def _probe(self, search: _Search, item: _Item) -> None:
+        """Queues the halves of a chunk or of a part of it."""
         count = len(item.task.rows)
         for a, b in (((count + 1) // 2, count), (0, (count + 1) // 2)):
-            if b > a:
-                search.open += 1
-                self._waiting.appendleft(_Item(item.number, item.task.part(a, b), search, start + a))
+            search.open += 1
+            self._waiting.appendleft(_Item(item.number, item.task.part(a, b), search))
 
     def _close(self, search: _Search) -> None:
         """A part is done with. After the last one the whole chunk is done again, without the rows at fault."""

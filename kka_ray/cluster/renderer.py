@@ -16,7 +16,7 @@ from kka_ray.config.loading import dump
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.errors import AssetError, ConfigError, StageError
-from kka_ray.files import write_text
+from kka_ray.files import write_json, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,19 +29,31 @@ _RUN = "mlflow_run"
 _MATCHED = 20_000
 """Images at most that the similarity to texts is learned from."""
 _DATA = "data.safetensors"
-_DATA_FORMAT = 2
+_COUNTS = "sources.json"
+_DATA_FORMAT = 3
 """Raised when other data would be made of the same configuration."""
+_MAY_CHANGE = frozenset({"steps", "decay_from", "ema", "checkpoint_every"})
+"""Settings that say how a training ends, and what it keeps: one that goes on may have others than it began with."""
 
 
 def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: str | None = None) -> Path:
     """Trains, or goes on with, the renderer of a configuration; returns the folder of the diffusers pipeline.
 
-    Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples and `config.yaml` lie in OUTPUT/NAME; the
-    same command, or one with that `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted
-    training. Metrics and grids go to MLflow as well. `made_by` says in the model card how the weights came about.
+    Checkpoints, a line of `training.jsonl` every 50 steps, grids of samples, `sources.json` with the images of each
+    source and what was left out of it, and `config.yaml` lie in OUTPUT/NAME; the same command, or one with that
+    `config.yaml`, goes on from the last checkpoint and repeats an uninterrupted training. Metrics and grids go to
+    MLflow as well. `made_by` says in the model card how the weights came about.
+
+    Raises ConfigError if there is a checkpoint of a training with other images, network, start or settings, but for
+    those that say how it ends.
     """
+    from kka_ray.render.training import CHECKPOINT, check_checkpoint
+
     folder = (Path(config.output) / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "checkpoint" / CHECKPOINT).is_file():
+        # The images can only be compared by the workers, which have them; the folder's configuration is still the old.
+        check_checkpoint(folder / "checkpoint", _identity(config))
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
@@ -62,7 +74,7 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
     A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
     NAME-K of its own, K being the checkpoint's step. The training itself stays as it is and can go on. Raises
-    ConfigError if it has no checkpoint.
+    ConfigError if it has no checkpoint, or one of another training (see `train_renderer`).
     """
     from safetensors import safe_open
 
@@ -118,7 +130,9 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     teacher = None
     if config.distil_guidance:
         teacher = Teacher(copy.deepcopy(network).eval().requires_grad_(False), config.distil_guidance)
-    trainer = Trainer(network, Settings(**config.training.model_dump()), rank, world, teacher)
+    identity = _identity(config) | {"data": data.identity()}
+    settings = Settings(**config.training.model_dump())
+    trainer = Trainer(network, settings, rank, world, identity=identity, teacher=teacher)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
     track = _Track(config, folder) if rank == 0 else None
@@ -142,6 +156,19 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
         train_matcher(target, data, rows, backbone, TextEncoder())
+
+
+def _identity(config: RendererConfig) -> dict[str, Any]:
+    """What a training and the checkpoint that it goes on from must have in common, as JSON values by name.
+
+    Raises AssetError if there is no renderer `config.start`.
+    """
+    values = config.model_dump(mode="json", include={"network", "training", "captions"})
+    settings = {name: value for name, value in tracking.flatten(values) if name.split(".")[-1] not in _MAY_CHANGE}
+    # Without defaults, as those that another version adds change nothing.
+    sources = [source.model_dump(mode="json", exclude_defaults=True) for source in config.sources]
+    start = None if config.start is None else assets.resolve(config.start).identity
+    return settings | {"sources": sources, "start": start, "distil_guidance": config.distil_guidance}
 
 
 def _network(config: RendererConfig) -> FlowTransformer:
@@ -200,7 +227,10 @@ class _Track:
 
 
 def _data(config: RendererConfig, folder: Path) -> TrainingData:
-    """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training."""
+    """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training.
+
+    Beside them lies how many images each source has, and how many were left out.
+    """
     from kka_ray.features.text import TextEncoder
     from kka_ray.render.sources import read_sources
     from kka_ray.render.training import TrainingData
@@ -210,7 +240,8 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
     found = TrainingData.load(folder / _DATA, identity)
     if found is not None:
         return found
-    images, captions = read_sources(config)
+    images, captions, counts = read_sources(config)
+    write_json(folder / _COUNTS, counts)
     data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
     data.save(folder / _DATA, identity)
     return data

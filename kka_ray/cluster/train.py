@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -14,8 +16,12 @@ import ray.train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from kka_ray.cluster.checkpoints import Checkpoints
+from kka_ray.cluster.placement import not_free
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
 from kka_ray.errors import KkaError, StageError
@@ -42,7 +48,8 @@ def run(
 
     The function writes what it makes into the store. A worker that dies has the job started again, up to
     `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
-    used before would load the old job's state.
+    used before would load the old job's state. Raises ResourceError if the workers get no places within
+    `cluster.start_timeout`, rounded up to the times that Ray Train waits at once (60 s).
     """
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     each = cluster.train_gpus if gpus else 0.0
@@ -62,7 +69,9 @@ def run(
                 run_config=RunConfig(
                     name=unique,
                     storage_path=storage,
-                    failure_config=FailureConfig(max_failures=cluster.max_restarts),
+                    failure_config=FailureConfig(
+                        max_failures=cluster.max_restarts, controller_failure_limit=_waits(cluster) - 1
+                    ),
                     worker_runtime_env=runtime_env(cluster.train_runtime_env),
                 ),
             )
@@ -70,16 +79,27 @@ def run(
                 trainer.fit()
                 return
             except (TrainingFailedError, RayActorError) as error:
+                if isinstance(_of_controller(error), WorkerGroupStartupTimeoutError):
+                    raise not_free(f"the job {name}", workers, cluster.train_cpus, each, cluster) from error
                 if not _unattended(error) or restarts >= cluster.max_restarts:
                     raise _reason(name, error) from error
                 log.warning("the Ray Train job %s is started again: %s", name, str(error).splitlines()[0])
 
 
+def _waits(cluster: ClusterConfig) -> int:
+    """How often Ray Train, which would wait for ever, may wait for the places of its workers."""
+    at_once = float(os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S))
+    return math.ceil(cluster.start_timeout / at_once)
+
+
+def _of_controller(error: Exception) -> Exception:
+    """What failed in the job's controller, else the error itself."""
+    return error.controller_failure if isinstance(error, ControllerError) else error
+
+
 def _unattended(error: Exception) -> bool:
     """Whether a worker died while Ray Train was not looking, or its controller did: it starts neither again itself."""
-    if isinstance(error, ControllerError):
-        error = error.controller_failure
-    return isinstance(error, RayActorError)
+    return isinstance(_of_controller(error), RayActorError)
 
 
 def _reason(name: str, error: Exception) -> KkaError:
@@ -111,7 +131,10 @@ def computes_on(cluster: ClusterConfig) -> str:
 
 
 def dpo_worker(arguments: dict[str, Any]) -> None:
-    """One worker of a DPO job: `pairs` (key in stage `pairs`) train an adapter, committed by the first worker."""
+    """One worker of a DPO job: `pairs` (key in stage `pairs`) train an adapter, committed by the first worker.
+
+    A job that is started again goes on from its last checkpoint in the store.
+    """
     import torch
 
     from kka_ray.preference.dpo import VERSION, train_dpo
@@ -125,7 +148,8 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
     if found is None:
         raise StageError(f"pairs/{arguments['pairs']} is not in the store")
     previous = store.find("dpo", arguments["previous"]) if arguments["previous"] else None
-    attempt = Attempt(store, "dpo", stage_key("dpo", VERSION, arguments["inputs"]))
+    key = stage_key("dpo", VERSION, arguments["inputs"])
+    attempt, checkpoints = Attempt(store, "dpo", key), Checkpoints(store, "dpo", key)
     with tempfile.TemporaryDirectory(prefix="kka-dpo-") as temporary:
         work = Path(temporary)
         result = train_dpo(
@@ -139,8 +163,10 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
             workers=workers,
             cpu=device(arguments["cluster"]).type == "cpu",
             trust_remote_code=arguments["trust_remote_code"],
+            checkpoints=checkpoints,
         )
         if number == 0:
             attempt.folder(work / "result")
             attempt.json(result.to_json(), "result")
             store.commit(attempt, arguments["inputs"])
+            checkpoints.clear()

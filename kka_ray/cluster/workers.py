@@ -1,7 +1,8 @@
 """The actors: a sampler and a renderer that stay loaded across rounds and commit their chunks to the store themselves.
 
 A chunk that is committed is never made again: a worker that is started anew, or a run that is resumed, finds it. Rows
-that cannot be made (`Task.failed`) are rows of the output with their reason.
+that cannot be made (`Task.failed`) are rows of the output with their reason. They are part of its key, so a later run,
+in which they may not fail, makes the chunk undisturbed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SampleTask(Task):
     adapter: str | None
     """Key of the adapter's output in stage `dpo`, or None for the base model."""
     inputs: dict[str, Any]
-    """What the key of the chunk's output is made of."""
+    """What the key of the chunk's output is made of, as long as no row is at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class SamplerWorker:
         """Makes a chunk, unless it is in the store."""
         if isinstance(task, ScoreTask):
             return self._score(task)
-        return self.store.get_or_make("sample", SAMPLE_VERSION, task.inputs, lambda a: self._make(task, a)).key
+        return self.store.get_or_make("sample", SAMPLE_VERSION, _inputs(task), lambda a: self._make(task, a)).key
 
     def probe(self, task: SampleTask | ScoreTask) -> None:
         """Does the work of a part and keeps nothing."""
@@ -174,7 +175,7 @@ class RenderWorker:
         """Makes a chunk, unless it is in the store."""
         from kka_ray.render.renderer import VERSION
 
-        return self.store.get_or_make("render", VERSION, task.inputs, lambda a: self._make(task, a)).key
+        return self.store.get_or_make("render", VERSION, _inputs(task), lambda a: self._make(task, a)).key
 
     def probe(self, task: RenderTask) -> None:
         """Does the work of a part and keeps nothing."""
@@ -223,6 +224,11 @@ class RenderWorker:
         attempt.table(to_table(Rendering, records))
         if images:
             write_features(attempt, self.backbone.extract(images, self.patches))
+
+
+def _inputs(task: SampleTask | RenderTask) -> dict[str, Any]:
+    """What the key of a chunk's output is made of, rows at fault included."""
+    return task.inputs | ({"failed": dict(task.failed)} if task.failed else {})
 
 
 def line_ids(round: int, prompt_id: str, count: int) -> list[str]:

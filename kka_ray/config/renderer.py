@@ -18,7 +18,8 @@ class FlowersSource(Strict):
 
 
 class HeldOut(Strict):
-    """Of the normal class of an evaluation, only images that it trains on for every one of the seeds are shown."""
+    """Of the normal class of an evaluation, only images that it trains on for every one of the seeds are shown; of any
+    class, no copy of an image that it validates or tests on."""
 
     data: Data = Field(description="its path is the source's")
     seeds: int = Field(5, ge=1, description="seeds 0 to N - 1")
@@ -35,7 +36,16 @@ class ParquetSource(Strict):
     held_out: HeldOut | None = Field(None, description="the evaluation whose validation and test images are not shown")
 
 
-Source = Annotated[FlowersSource | ParquetSource, Field(discriminator="kind")]
+class DataSource(Strict):
+    """The training normals of a data set as a run reads it, with their captions and what is measured."""
+
+    kind: Literal["data"]
+    data: Data = Field(description="as in a run; a relative path begins in the training's `data`")
+    seed: int = Field(0, ge=0, description="of the split: that of the run whose validation normals are not shown")
+    style: str = Field("", description="words that half of the captions end with, as in 'seen from above'")
+
+
+Source = Annotated[FlowersSource | ParquetSource | DataSource, Field(discriminator="kind")]
 
 
 class NetworkConfig(Strict):

@@ -25,7 +25,13 @@ from kka_ray.errors import ConfigError, StageError
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+_OF_THE_PROMPT = (400, 403, 413, 422, 451)
+"""Statuses by which a service refuses what it was sent, rather than who sends it or where to."""
 T = TypeVar("T")
+
+
+class RefusedPromptError(Exception):
+    """The service will not have a prompt. No error that ends a run: the prompt is looked for and left out."""
 
 
 class RateLimit:
@@ -138,7 +144,10 @@ class ApiEngine:
         return sorted(choices, key=lambda c: c.get("index", 0))
 
     def _send(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Posts a request, again after a while where the service is busy or the connection was lost."""
+        """Posts a request, again after a while where the service is busy or the connection was lost.
+
+        Raises RefusedPromptError for a prompt that the service refuses, StageError where it refuses all or fails.
+        """
         url = f"{self.engine.base_url.rstrip('/')}/completions"
         for attempt in range(self.engine.retries + 1):
             self._wait(self._limit.reserve())
@@ -152,6 +161,8 @@ class ApiEngine:
                 if response.is_success:
                     return dict(response.json())
                 trouble = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code in _OF_THE_PROMPT:
+                    raise RefusedPromptError(f"{url} refused a prompt: {trouble}")
                 if response.status_code != 429 and response.status_code < 500:
                     raise StageError(f"{url} refused a request: {trouble}")
                 asked = response.headers.get("retry-after")

@@ -19,6 +19,9 @@ class Detector(ABC):
     A detector is made from its configuration (`kka_ray.config.models`) and does nothing before `fit` or `restore`.
     """
 
+    needs_pooled: bool = True
+    """Whether `Features.pooled` is read; where not, it may have no dimensions, and scoring needs no backbone."""
+
     needs_patches: ClassVar[bool] = False
     """Whether `Features.patches` must be there."""
 
@@ -49,7 +52,10 @@ class Detector(ABC):
         """Anomaly scores, float32 (N,), finite; independent of how images are batched."""
 
     def heatmap(self, features: Features) -> np.ndarray | None:
-        """Anomaly scores by place, float32 (N, h, w) on the patch grid; None where the method has none."""
+        """Anomaly scores by place, float32 (N, h, w), in the method's own unit; None where the method has none.
+
+        What is shown is `kka_ray.detectors.tuned.TunedDetector.heatmap`, in one unit for all.
+        """
         return None
 
     def network(self) -> nn.Module:

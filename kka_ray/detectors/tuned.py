@@ -23,13 +23,15 @@ from kka_ray.detectors.training import ALONE, Training
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
 from kka_ray.files import write_json
 
 VERSION = 17
 """Part of the store's keys; raised when what is fitted changes."""
 
-_FORMAT = 1
+_FORMAT = 2
+"""1 has no scale of heat maps: such a detector scores, but shows none."""
 _QUANTILES = np.linspace(0, 1, 201)
 
 
@@ -61,14 +63,20 @@ class Calibration:
     normal: Robust
     quantiles: tuple[float, ...]
     """Scores at 201 equal steps from the least to the largest."""
+    heat: Robust | None = None
+    """Of the hottest place of each one's heat map; None if the detector does not localise."""
 
     @classmethod
-    def of(cls, scores: np.ndarray, false_positive_rate: float) -> Self:
-        """Of validation normals' scores (N,): the threshold is their quantile `1 - false_positive_rate`."""
+    def of(cls, scores: np.ndarray, false_positive_rate: float, heat: np.ndarray | None = None) -> Self:
+        """Of validation normals' scores (N,) and heat maps (N, h, w), None where there are none.
+
+        The threshold is the scores' quantile `1 - false_positive_rate`.
+        """
         values = scores.astype(np.float64)
         threshold = float(np.quantile(values, 1 - false_positive_rate))
         steps = tuple(float(q) for q in np.quantile(values, _QUANTILES))
-        return cls(threshold, false_positive_rate, Robust.of(scores), steps)
+        hottest = None if heat is None else Robust.of(heat.max((1, 2)))
+        return cls(threshold, false_positive_rate, Robust.of(scores), steps, hottest)
 
     def judge(self, score: np.ndarray) -> Scores:
         """Scores (N,) on the scale of normals."""
@@ -113,12 +121,20 @@ class TunedDetector:
         detector = build(config)
         detector.training = training
         detector.fit(normals_features, anomalies_features, validation_features, seed)
-        calibration = Calibration.of(detector.score(validation_features), false_positive_rate)
+        heat = detector.heatmap(validation_features)
+        calibration = Calibration.of(detector.score(validation_features), false_positive_rate, heat)
         return cls(config, backbone, detector, calibration)
 
     def extract(self, images: Sequence[np.ndarray]) -> Features:
-        """What the detector reads of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
-        return self.backbone.extract(images, self.detector.needs_patches, self.detector.needs_pixels)
+        """What the detector reads of uint8 images (H, W, 3) of any sizes; the backbone is run only if it reads that.
+
+        Raises DataError for no images, or others.
+        """
+        if len(images) == 0:
+            raise DataError("there are no images to score")
+        if self.detector.needs_pooled or self.detector.needs_patches:
+            return self.backbone.extract(images, self.detector.needs_patches, self.detector.needs_pixels)
+        return Features.of_pixels(pixels(images))
 
     def score(self, features: Features) -> Scores:
         """Scores of features that the same backbone extracted."""
@@ -128,8 +144,24 @@ class TunedDetector:
         """Scores of uint8 images (H, W, 3) of any sizes. Raises DataError for other images."""
         return self.score(self.extract(images))
 
+    def heatmap(self, features: Features) -> np.ndarray | None:
+        """Heat by place, float32 (N, h, w) on the detector's own grid; None if it does not localise.
+
+        In MADs above the median of validation normals' hottest places: about 0 where a typical normal is hottest,
+        whatever the detector. Raises AssetError for a detector that was saved before maps had that scale.
+        """
+        heat = self.detector.heatmap(features)
+        if heat is None:
+            return None
+        if self.calibration.heat is None:
+            raise AssetError(
+                f"this detector, {self.config.kind}, was saved before heat maps had a scale: score without them "
+                "(--no-heatmaps), or fit it again, by the same run with another store.uri"
+            )
+        return self.calibration.heat(heat).astype(np.float32)
+
     def heatmap_images(self, images: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Scores by place, float32 (N, H, W) in the size of the images; None if the detector does not localise.
+        """As `heatmap`, in the size of the images, float32 (N, H, W).
 
         Raises DataError if the images differ in size: they do not fit one array.
         """
@@ -138,7 +170,7 @@ class TunedDetector:
             raise DataError(
                 f"heat maps of images of different sizes ({sorted(sizes)[:3]}, ...): pass one size at a time"
             )
-        heat = self.detector.heatmap(self.extract(images))
+        heat = self.heatmap(self.extract(images))
         if heat is None:
             return None
         (size,) = sizes
@@ -176,7 +208,7 @@ class TunedDetector:
             tensors = load_file(folder / "detector.safetensors")
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
             raise AssetError(f"{folder} holds no readable detector: {error}") from error
-        if values.get("format") != _FORMAT:
+        if values.get("format") not in (1, _FORMAT):
             raise AssetError(f"{file} has format {values.get('format')}, this version reads {_FORMAT}: fit it again")
         try:
             config: DetectorConfig = TypeAdapter(DetectorConfig).validate_python(values["detector"])
@@ -186,8 +218,8 @@ class TunedDetector:
         backbone = backbone or Backbone.load(wanted, device, engine)
         _check_backbone(folder, backbone, wanted, values["backbone_identity"])
         known = dict(values["calibration"])
-        normal, quantiles = Robust(**known.pop("normal")), tuple(known.pop("quantiles"))
-        calibration = Calibration(normal=normal, quantiles=quantiles, **known)
+        normal, quantiles, heat = Robust(**known.pop("normal")), tuple(known.pop("quantiles")), known.pop("heat", None)
+        calibration = Calibration(normal=normal, quantiles=quantiles, heat=heat and Robust(**heat), **known)
         return cls(config, backbone, build(config).restore(tensors, values["state"]), calibration)
 
 

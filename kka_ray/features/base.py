@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -28,6 +29,11 @@ class Features:
     views: Features | None = None
     pixels: np.ndarray | None = None
     weights: np.ndarray | None = None
+
+    @classmethod
+    def of_pixels(cls, pixels: np.ndarray) -> Self:
+        """Of images uint8 (N, 32, 32, 3) alone: the pooled features have no dimensions."""
+        return cls(np.zeros((len(pixels), 0), np.float32), pixels=pixels)
 
     def __len__(self) -> int:
         return len(self.pooled)

@@ -26,5 +26,5 @@ class Robust:
         return cls(median, max(mad, _TINY * max(abs(median), 1.0)))
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Scores (N,) in MADs above the median, float64."""
+        """Scores of any shape in MADs above the median, float64."""
         return (scores.astype(np.float64) - self.median) / self.mad

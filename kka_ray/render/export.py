@@ -13,7 +13,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from kka_ray.errors import AssetError
-from kka_ray.render.pipeline import KkaFlowPipeline
+from kka_ray.render.pipeline import GUIDANCE, KkaFlowPipeline
 from kka_ray.render.transformer import FlowTransformer
 
 SAMPLES = 8
@@ -33,8 +33,8 @@ def draw_samples(
     pipeline.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(seed) for _ in texts for seed in range(SAMPLES)]
     rows = [text for text in texts for _ in range(SAMPLES)]
-    guidance = {} if distilled_guidance is None else {"guidance_scale": distilled_guidance}
-    (pictures,) = pipeline(rows, generator=seeds, return_dict=False, **guidance)
+    guidance = distilled_guidance or GUIDANCE
+    (pictures,) = pipeline(rows, guidance_scale=guidance, generator=seeds, return_dict=False)
     return make_image_grid(pictures, rows=len(texts), cols=SAMPLES)
 
 

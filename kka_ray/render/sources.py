@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from kka_ray.config.renderer import FlowersSource, ParquetSource, RendererConfig
+from kka_ray.config.models import FlowersData
+from kka_ray.config.renderer import DataSource, FlowersSource, ParquetSource, RendererConfig
 from kka_ray.data import flowers, open_data
+from kka_ray.data.base import content_hash
 from kka_ray.data.parquet import decode_rows, read_rows, shards
 from kka_ray.errors import ConfigError
 from kka_ray.render.attributes import measure
@@ -20,28 +22,43 @@ from kka_ray.render.captions import vary
 _SHARD = 5000
 
 
-def read_sources(config: RendererConfig) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-    """Images uint8 (N, S, S, 3) and captions for each, source after source. Test rows are never shown.
+class Captioned(NamedTuple):
+    """Images uint8 (N, S, S, 3) and captions for each, source after source; and of each source how many `images` there
+    are, and how many were left out, by reason."""
 
-    A photograph has `config.captions` of them, possibly equal; a drawn image has one.
+    images: np.ndarray
+    captions: list[tuple[str, ...]]
+    counts: list[dict[str, int]]
+
+
+def read_sources(config: RendererConfig) -> Captioned:
+    """What all sources of a training show. Test rows are never shown.
+
+    A photograph has `config.captions` captions, possibly equal; a drawn image has one.
     """
     images: list[np.ndarray] = []
     captions: list[tuple[str, ...]] = []
+    counts: list[dict[str, int]] = []
     for number, source in enumerate(config.sources):
         if isinstance(source, FlowersSource):
             pictures, texts = _draw_flowers(source, config.processes)
             images.append(np.stack([_square(p, config.network.image_size) for p in pictures]))
             captions += [(text,) for text in texts]
+            counts.append({"images": len(pictures)})
         else:
-            rows = _shown(source, Path(config.data))
-            squares = [_square(p, config.network.image_size) for p in decode_rows(rows, source.path)]
+            root = Path(config.data)
+            rows, photographs, left_out = (
+                _normals(source, root) if isinstance(source, DataSource) else _shown(source, root)
+            )
+            squares = [_square(p, config.network.image_size) for p in photographs]
             images.append(np.stack(squares))
             rng = np.random.default_rng([config.training.seed, 3, number])
             captions += [
                 _captions(row, image, source.style, config.captions, rng)
                 for row, image in zip(rows, squares, strict=True)
             ]
-    return np.concatenate(images), captions
+            counts.append({"images": len(rows), **left_out})
+    return Captioned(np.concatenate(images), captions, counts)
 
 
 def _draw_flowers(source: FlowersSource, processes: int) -> tuple[Sequence[np.ndarray], list[str]]:
@@ -57,8 +74,23 @@ def _draw_shard(count: int, seed: int, shard: int) -> tuple[np.ndarray, list[str
     return np.stack([d.image for d in drawn]), [d.caption for d in drawn]
 
 
-def _shown(source: ParquetSource, root: Path) -> list[dict[str, Any]]:
-    """The train rows that may be shown."""
+def _normals(source: DataSource, root: Path) -> tuple[list[dict[str, Any]], Sequence[np.ndarray], dict[str, int]]:
+    """As `_shown`, the training normals of a data set; left out are those that validate, and what the set dropped."""
+    data = source.data
+    if not isinstance(data, FlowersData):
+        data = data.model_copy(update={"path": str(root / data.path)})
+    normals = open_data(data, source.seed).normals()
+    shown = normals.train
+    rows = [
+        {"class_name": name, "superclass": None, "captions": [caption]}
+        for name, caption in zip(shown.classes, shown.captions, strict=True)
+    ]
+    return rows, shown.images, {"validation": len(normals.validation), **normals.dropped}
+
+
+def _shown(source: ParquetSource, root: Path) -> tuple[list[dict[str, Any]], Sequence[np.ndarray], dict[str, int]]:
+    """The train rows that may be shown, their pictures, and how many rows an evaluation holds back, by reason:
+    `held_out`, normals that it does not train on, and `copies` of what it validates and tests on."""
     rows = read_rows(shards(root / source.path, "train"), ["image", "class_name", "superclass", "captions", "source"])
     unknown = set(source.without_superclasses) - {row["superclass"] for row in rows}
     unknown |= set(source.without_classes) - {row["class_name"] for row in rows}
@@ -67,13 +99,23 @@ def _shown(source: ParquetSource, root: Path) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["superclass"] not in source.without_superclasses]
     rows = [row for row in rows if row["class_name"] not in source.without_classes]
     if source.held_out is None:
-        return rows
+        return rows, decode_rows(rows, source.path), {}
     held_out = source.held_out
     data = held_out.data.model_copy(update={"path": str(root / source.path)})
-    normals = [open_data(data, seed).normals() for seed in range(held_out.seeds)]
+    modules = [open_data(data, seed) for seed in range(held_out.seeds)]
+    normals = [module.normals() for module in modules]
     classes = {name for n in normals for name in (*n.train.classes, *n.validation.classes)}
     trained_on = set.intersection(*(set(n.train.ids) for n in normals))
-    return [row for row in rows if row["class_name"] not in classes or row["source"] in trained_on]
+    ours = [row for row in rows if row["class_name"] not in classes or row["source"] in trained_on]
+    # Sets hold one picture under several names, in both files too.
+    withheld = {content_hash(image) for n in normals for image in n.validation.images}
+    for module in modules:
+        test = module.test()
+        withheld |= {content_hash(image) for image in test.images} if test else set()
+    pictures = decode_rows(ours, source.path)
+    new = [i for i, picture in enumerate(pictures) if content_hash(picture) not in withheld]
+    left_out = {"held_out": len(rows) - len(ours), "copies": len(ours) - len(new)}
+    return [ours[i] for i in new], [pictures[i] for i in new], left_out
 
 
 def _captions(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
+from kka_ray.errors import ConfigError
 from kka_ray.features.text import TextEncoder
 from kka_ray.render.transformer import FlowTransformer
 
@@ -59,6 +64,15 @@ class TrainingData:
         mask = place < lengths
         rows = (self.starts[captions][:, None] + place).clamp_max(len(self.states) - 1)
         return self.states[rows].float() * mask[..., None], mask
+
+    def identity(self) -> str:
+        """SHA-256 of the images and of their captions, which are known by the state of their first token."""
+        digest = hashlib.sha256()
+        states = self.states[self.starts].numpy()
+        for content in (self.images, self.captions.numpy(), self.lengths.numpy(), states):
+            digest.update(str(content.shape).encode())
+            digest.update(np.ascontiguousarray(content).data)
+        return digest.hexdigest()
 
     def save(self, file: Path, identity: str) -> None:
         """Writes everything as safetensors, whole or not at all. `identity` says what it was made of."""
@@ -158,9 +172,30 @@ def flow_loss(
     return (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
 
 
+def check_checkpoint(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the checkpoint in a folder is of a training with another identity, by name a JSON value.
+
+    Names that only one of the two has are not compared: another version may have written it.
+    """
+    with safe_open(folder / CHECKPOINT, "pt") as content:
+        stored = json.loads((content.metadata() or {}).get("identity", "{}"))
+    differing = sorted(name for name in stored.keys() & identity.keys() if stored[name] != identity[name])
+    if differing:
+        plain = lambda value: isinstance(value, int | float)  # noqa: E731
+        said = [
+            f"{n} was {stored[n]} and is {identity[n]}" if plain(stored[n]) and plain(identity[n]) else f"{n} differs"
+            for n in differing
+        ]
+        raise ConfigError(
+            f"the checkpoint in {folder} is of another training: {', '.join(said)}. Give it the values that it began "
+            "with, or train under another name; with `start` a training begins with the weights of another"
+        )
+
+
 class Trainer:
     """One rank's training state. Every step draws its batch, noise and times from the seed and the step's number, so
-    that a run resumed from a checkpoint repeats the uninterrupted one."""
+    that a run resumed from a checkpoint repeats the uninterrupted one. `identity` is kept in the checkpoints and says
+    which training they are of (see `check_checkpoint`)."""
 
     def __init__(
         self,
@@ -168,9 +203,11 @@ class Trainer:
         settings: Settings,
         rank: int = 0,
         world: int = 1,
+        identity: Mapping[str, Any] | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         self.network, self.settings, self.rank, self.world, self.teacher = network, settings, rank, world, teacher
+        self.identity = dict(identity or {})
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
         taken = {id(p) for p in matrices}
@@ -226,26 +263,22 @@ class Trainer:
         state = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for o, optimizer in enumerate(self.optimizers):
-            for i, moments in optimizer.state_dict()["state"].items():
-                state |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+            state |= {f"optimizer.{o}.{k}": v for k, v in optimizer_state(optimizer).items()}
         state["step"] = torch.tensor(self.step)
         temporary = folder / f".{CHECKPOINT}.partial"
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+        about = {"identity": json.dumps(self.identity, sort_keys=True)}
+        save_file({k: v.contiguous() for k, v in state.items()}, temporary, about)
         temporary.rename(folder / CHECKPOINT)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`."""
+        """The inverse of `save`. Raises ConfigError if the checkpoint is of another training."""
+        check_checkpoint(folder, self.identity)
         state = load_file(folder / CHECKPOINT)
         self.step = int(state.pop("step"))
-        part = lambda name: {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")}  # noqa: E731
-        self.network.load_state_dict(part("network"))
-        self.average.load_state_dict(part("average"))
+        self.network.load_state_dict(part(state, "network"))
+        self.average.load_state_dict(part(state, "average"))
         for o, optimizer in enumerate(self.optimizers):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(f"optimizer.{o}").items():
-                index, _, name = key.partition(".")
-                moments.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            restore_optimizer(optimizer, part(state, f"optimizer.{o}"))
 
 
 def train(
@@ -262,7 +295,7 @@ def train(
     `report` gets step, loss (a mean since the last report, of this rank), learning rate and images a second every 50
     steps. With several ranks `forward` is the network as wrapped for them, and the first one saves and calls
     `sample` with the averaged network and the step every `sample_every` steps. Returns the averaged network. Raises
-    FloatingPointError if the loss is not finite.
+    ConfigError if the checkpoint is of another training, FloatingPointError if the loss is not finite.
     """
     if (folder / CHECKPOINT).is_file():
         trainer.load(folder)
@@ -270,7 +303,10 @@ def train(
     while trainer.step < settings.steps:
         losses.append(trainer.train_step(data, forward))
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss became {losses[-1]} at step {trainer.step}; lower the learning rate")
+            raise FloatingPointError(
+                f"the loss became {losses[-1]} at step {trainer.step}; begin again under another name, with a lower "
+                "learning rate"
+            )
         if trainer.step % 50 == 0:
             seconds = time.perf_counter() - since
             report(

@@ -49,6 +49,8 @@ class ImageScorer:
 
     def __init__(self, tuned: TunedDetector, config: ServeConfig) -> None:
         self.tuned, self.config = tuned, config
+        self.shows_heat = tuned.calibration.heat is not None
+        """Whether there are heat maps: the detector localises, and was saved with their scale."""
 
     def score(self, items: Sequence[Item]) -> list[Judgement | Unreadable]:
         """A judgement for each image, in order; an image that cannot be decoded does not touch the others."""
@@ -70,12 +72,13 @@ class ImageScorer:
         return [results[i] for i in range(len(items))]
 
     def describe(self) -> dict[str, Any]:
-        """What is served: detector, threshold, backbone."""
+        """What is served: detector, threshold, whether there are heat maps, backbone."""
         calibration, backbone = self.tuned.calibration, self.tuned.backbone
         return {
             "detector": self.tuned.config.kind,
             "threshold": calibration.threshold,
             "false_positive_rate": calibration.false_positive_rate,
+            "heatmaps": self.shows_heat,
             "backbone": {
                 "model": backbone.config.model,
                 "identity": backbone.identity,
@@ -84,7 +87,7 @@ class ImageScorer:
         }
 
     def _judge(self, items: Sequence[Item], rows: list[int], images: list[np.ndarray]) -> dict[int, Judgement]:
-        scores, heat = judge(self.tuned, images, any(items[i].heatmap for i in rows))
+        scores, heat = judge(self.tuned, images, self.shows_heat and any(items[i].heatmap for i in rows))
         return {
             i: Judgement(
                 float(scores.score[k]),

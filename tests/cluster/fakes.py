@@ -14,22 +14,26 @@ from kka_ray.errors import ConfigError
 
 
 class FakeWorker:
-    """A row is (id, what happens): `ok`, `slow`, `crash`, `hang`, `nan` or `mistake`.
+    """A row is (id, what happens): `ok`, `slow`, `crash`, `hang`, `nan`, `break` or `mistake`.
 
-    `crash once` and `hang once` leave a mark in `folder`. Rows of a `crowd` fail when they are more than two. The
-    result is each row's id and its failure, if any.
+    With ` once` behind it, it happens once and leaves a mark in `folder`. After `break` the worker fails whatever it is
+    given. Rows of a `crowd` fail when they are more than two. The result is each row's id and its failure, if any.
     """
 
     def __init__(self, folder: str = "", start: str = "ok") -> None:
         self.folder, self.start = folder, start
+        self.broken = False
 
     def load(self) -> None:
+        self.broken = self.start == "broken"
         if self.start == "crash":
             os._exit(1)
         if self.start == "mistake":
             raise ConfigError("no such model")
 
     def work(self, task: Task) -> dict[str, str]:
+        if self.broken and any(id_ not in task.failed for id_, _ in task.rows):
+            raise RuntimeError("the engine is dead")
         for id_, what in task.rows:
             if id_ in task.failed:
                 continue
@@ -44,6 +48,9 @@ class FakeWorker:
                 time.sleep(3600)
             if what == "slow":
                 time.sleep(0.3)
+            if what.startswith("break"):
+                self.broken = True
+                raise RuntimeError("the engine is dead")
             if what == "nan":
                 raise FloatingPointError("not finite")
             if what == "mistake":
@@ -54,6 +61,10 @@ class FakeWorker:
 
     def probe(self, task: Task) -> None:
         self.work(task)
+
+    def sleep(self) -> None:
+        if self.start == "sleepless":
+            time.sleep(3600)
 
 
 def pool(folder: Any = "", start: str = "ok", workers: int = 1, most: int | None = None, **limits: Any) -> Pool:

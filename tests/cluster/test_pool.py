@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ def test_a_search_that_finds_no_row_does_the_whole_chunk_again(make: Any, tmp_pa
     assert results == {0: {"0-ok": "", "1-crash": "", "2-ok": ""}}
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_engine_costs_no_row(make: Any, tmp_path: Path, workers: int, attempts: int) -> None:
+    pool = make(tmp_path, workers=workers, chunk_attempts=attempts)
+    pool.found = lambda id_, reason: pytest.fail(f"{id_} was blamed: {reason}")
+    tasks = [fakes.rows("ok", "ok"), fakes.rows("ok", "break once", "ok"), *[fakes.rows("ok", "ok") for _ in range(8)]]
+    results = work(pool, *tasks)
+    assert sorted(results) == list(range(10))
+    assert not any(reason for result in results.values() for reason in result.values())
+
+
+def test_a_row_that_fails_alone_is_blamed_after_as_many_attempts_on_sound_workers(make: Any) -> None:
+    results = work(make(max_restarts=1), fakes.rows("nan"), fakes.rows("nan"))
+    assert results == {i: {"0-nan": "FloatingPointError: not finite"} for i in range(2)}
+
+
+@pytest.mark.slow
+def test_workers_that_only_fail_end_the_run(make: Any) -> None:
+    pool = make(start="broken", max_restarts=0, chunk_attempts=1)
+    with pytest.raises(StageError, match=r"2 workers in succession failed 3 times .*RuntimeError: the engine is dead"):
+        work(pool, *[fakes.rows("ok", "ok", "ok", "ok") for _ in range(4)])
+
+
 @pytest.mark.slow
 def test_a_row_that_hangs_is_found(make: Any) -> None:
     results = work(make(chunk_attempts=1, chunk_timeout=0.5), fakes.rows("hang", "ok"))
@@ -92,6 +116,16 @@ def test_a_model_that_cannot_be_loaded_says_so(make: Any) -> None:
 def test_workers_that_die_as_they_start_end_the_run(make: Any) -> None:
     with pytest.raises(StageError, match="2 workers in succession died as they started"):
         work(make(start="crash", max_restarts=1), fakes.rows("ok"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_fall_asleep_holds_nobody_up(make: Any) -> None:
+    pool = make(start="sleepless", workers=2, chunk_timeout=3)
+    assert work(pool, fakes.rows("ok")) == {0: {"0-ok": ""}}
+    started = time.monotonic()
+    pool.rest()
+    assert time.monotonic() - started < 10
+    assert work(pool, fakes.rows("ok")) == {0: {"0-ok": ""}}
 
 
 def test_a_pool_grows_while_chunks_wait_and_shrinks_when_none_do(make: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +16,16 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
+from kka_ray.cluster.renderer import _identity, train_renderer
+from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
+from kka_ray.config.renderer import RendererConfig
 from kka_ray.data import flowers
+from kka_ray.errors import ConfigError
 from kka_ray.render.matching import Matcher
 from kka_ray.render.renderer import Renderer
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not all(map(assets.is_present, ("builtin:minilm-l6-v2", "builtin:efficientnet-lite0"))),
-        reason="the built-in models are missing: run `kka setup`",
-    ),
-]
+from kka_ray.render.training import Settings, Trainer
+from tests.render import tiny
 
 CONFIG = """\
 name: tiny
@@ -46,6 +45,41 @@ def kka(*arguments: object) -> str:
     return done.output
 
 
+def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+
+    def config(*overrides: str) -> RendererConfig:
+        return load(file, RendererConfig, [f"output={tmp_path}", *overrides])
+
+    def reached(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("kka_ray.cluster.renderer.session", reached)
+    folder = tmp_path / "tiny"
+    learner = Trainer(tiny.flow_transformer(), Settings(steps=1), identity=_identity(config()))
+    learner.save(folder / "checkpoint")
+    (folder / "config.yaml").write_text("as it was")
+    more = "sources=[{kind: flowers, count: 256}, {kind: flowers, count: 8, seed: 1}]"
+    for change, said in [
+        ("training.batch=8", "training.batch was 4 and is 8"),
+        ("network.width=64", "network.width was 32 and is 64"),
+        ("start=builtin:flowers", "start differs"),
+        (more, "sources differs"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            train_renderer(config(change), lambda _: None)
+        assert (folder / "config.yaml").read_text() == "as it was"
+    for change in ("training.steps=9", "training.ema=0.5", "training.decay_from=0.5", "samples_every=7", "workers=2"):
+        with pytest.raises(InterruptedError):
+            train_renderer(config(change), lambda _: None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(assets.is_present, ("builtin:minilm-l6-v2", "builtin:efficientnet-lite0"))),
+    reason="the built-in models are missing: run `kka setup`",
+)
 def test_a_training_goes_on_and_is_finished_from_its_checkpoint(tmp_path: Path) -> None:
     file, output = tmp_path / "tiny.yaml", tmp_path / "renderers"
     file.write_text(CONFIG)

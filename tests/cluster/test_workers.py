@@ -51,7 +51,8 @@ def test_prompts_at_fault_are_rows_and_numbers_that_are_not_finite_raise(tmp_pat
         weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         worker.work(replace(task, failed={}, inputs={"x": 2}))
-    assert json.loads((tmp_path / "sample" / str(key) / "committed.json").read_text())["inputs"] == {"x": 1}
+    marker = json.loads((tmp_path / "sample" / str(key) / "committed.json").read_text())
+    assert marker["inputs"] == {"x": 1, "failed": {"p000": "a crash"}}
 
 
 def test_descriptions_at_fault_are_rows_without_touching_the_others(tmp_path: Path) -> None:

@@ -13,10 +13,14 @@ from typing import Any
 
 @dataclass
 class Service:
-    """What the server was asked, and what it answers: `failures` first, one a request, then completions."""
+    """What the server was asked, and what it answers: `failures` first, one a request, then completions.
+
+    `refused` has the status for a prompt that is always refused.
+    """
 
     url: str = ""
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     body: dict[str, Any] | None = None
@@ -35,7 +39,8 @@ def completions_server() -> Iterator[Service]:
             with lock:
                 service.asked.append(body)
                 service.keys.append(self.headers.get("Authorization"))
-                status, headers = service.failures.pop(0) if service.failures else (200, {})
+                usual = (service.refused.get(body["prompt"], 200), {})
+                status, headers = service.failures.pop(0) if service.failures else usual
                 answer = service.body or _completion(body, service.lines)
             content = json.dumps(answer if status == 200 else {"error": "not now"}).encode()
             self.send_response(status)

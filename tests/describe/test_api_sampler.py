@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kka_ray.config.models import ApiSampler, DescribeConfig
-from kka_ray.describe.api_sampler import ApiEngine, RateLimit, cost
-from kka_ray.errors import ConfigError, StageError
+from kka_ray.describe.api_sampler import ApiEngine, RateLimit, RefusedPromptError, cost
+from kka_ray.errors import ConfigError, KkaError, StageError
 from tests.describe.completions_server import Service, completions_server
 
 
@@ -74,11 +74,23 @@ def test_a_service_that_is_not_there_is_named() -> None:
         engine(service, retries=1).sample(["x"], 1, seed=0)
 
 
-def test_a_request_that_is_refused_is_not_sent_again(service: Service) -> None:
-    service.failures = [(401, {})]
-    with pytest.raises(StageError, match="HTTP 401"):
+@pytest.mark.parametrize("status", [401, 402, 404, 405])
+def test_a_request_that_is_refused_is_not_sent_again(service: Service, status: int) -> None:
+    service.failures = [(status, {})]
+    with pytest.raises(StageError, match=f"HTTP {status}"):
         engine(service).sample(["x"], 1, seed=0)
     assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422, 451])
+def test_a_prompt_that_is_refused_is_an_error_of_its_chunk_and_not_of_the_run(service: Service, status: int) -> None:
+    service.refused = {"bad": status}
+    sampler = engine(service)
+    with pytest.raises(RefusedPromptError, match=f"refused a prompt: HTTP {status}") as error:
+        sampler.sample(["good", "bad"], 1, seed=0)
+    assert not isinstance(error.value, KkaError), "such errors end the run, and others are searched for their row"
+    assert sampler.sample(["good"], 1, seed=0) == [[" good 0\n"]]
+    assert sum(body["prompt"] == "bad" for body in service.asked) == 1
 
 
 @pytest.mark.parametrize("body", [{"choices": []}, {"choices": [], "usage": {}}, {"id": 3}])
@@ -93,7 +105,7 @@ def test_the_key_is_sent_and_shown_nowhere(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("SOME_KEY", "secret-123")
-    service.failures = [(503, {}), (400, {})]
+    service.failures = [(503, {}), (401, {})]
     sampler = engine(service, key_variable="SOME_KEY")
     with pytest.raises(StageError) as error:
         sampler.sample(["x"], 1, seed=0)

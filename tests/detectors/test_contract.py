@@ -1,6 +1,7 @@
 """One contract, every detector."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
-from kka_ray.config.models import IGNORE_ANOMALIES, Detector
+from kka_ray.config.models import IGNORE_ANOMALIES, AeSvdd, Detector
 from kka_ray.detectors import DETECTORS, build
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
+from kka_ray.scoring import judge
 
 KINDS = tuple(DETECTORS)
 SMALL = {
@@ -132,6 +134,18 @@ def test_scores_do_not_depend_on_the_batch(kind):
     _assert_close(np.concatenate(parts), detector.score(TEST))
 
 
+@pytest.mark.parametrize("kind", ["knn", "fused", "mlp_head", "energy_head", "patchcore"])
+def test_the_normals_are_not_converted_at_every_call(kind, monkeypatch):
+    detector = _fitted(kind)
+    restored = build(_config(kind)).restore(*detector.state())
+    converted = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: (converted.append(len(x)), double(x))[1])
+    for one in (detector, restored):
+        one.score(TEST.take(range(50)))
+    assert set(converted) == {50}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_restoring_the_state_gives_the_same_scores(kind):
     detector = _fitted(kind)
@@ -149,20 +163,17 @@ def test_fitting_does_not_change_its_inputs(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heatmaps_show_where_or_there_are_none(kind):
-    detector = _fitted(kind)
-    heat = detector.heatmap(TEST_ANOMALIES)
-    if kind == "simplenet_pixels":
-        assert heat.shape == (60, 8, 8)
-        assert heat[:, :4, :4].mean() > heat[:, 4:, 4:].mean() + 1
-    elif detector.needs_pixels and heat is not None:
-        assert heat.shape == (60, 32, 32)
-        assert heat[:, :16, :16].mean() > 2 * heat[:, 16:, 16:].mean()
-    elif not detector.needs_patches:
+    backbone: Any = None  # features are given
+    tuned = TunedDetector.fit(_config(kind), backbone, NORMALS, ANOMALIES, VALIDATION, 0, 0.1)
+    heat = tuned.heatmap(TEST_ANOMALIES)
+    side = {"simplenet_pixels": 8, "beatgan": 32, "genias": 32}.get(kind, 4 if tuned.detector.needs_patches else None)
+    if side is None:
         assert heat is None
-    else:
-        assert heat.shape == (60, 4, 4)
-        assert heat.dtype == np.float32
-        assert heat[:, :2, :2].mean() > heat[:, 2:, 2:].mean() + 1
+        return
+    assert heat.shape == (60, side, side)
+    assert heat.dtype == np.float32
+    half = side // 2
+    assert heat[:, :half, :half].mean() > heat[:, half:, half:].mean() + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,6 +207,28 @@ def _images(count: int, seed: int, shape: tuple[int, ...] = (32, 32, 3)) -> list
     return list(np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8))
 
 
+READ_PIXELS_ONLY = {"simplenet_pixels", "beatgan", "genias"}
+
+
+@pytest.mark.parametrize("config", [*map(_config, KINDS), AeSvdd(kind="ae_svdd", input="pixels", epochs=1)])
+def test_the_backbone_is_run_only_for_detectors_that_read_its_features(config, backbone, monkeypatch):
+    normals, validation, anomalies = (backbone.extract(_images(n, n), patches=True) for n in (24, 20, 6))
+    tuned = TunedDetector.fit(config, backbone, normals, anomalies, validation, 0, 0.1)
+    images = _images(5, 2, (40, 56, 3))
+    whole = tuned.score(backbone.extract(images, patches=True)).score
+    runs, forward = [], Backbone.forward
+
+    def counted(self, x, patches):
+        runs.append(len(x))
+        return forward(self, x, patches)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    assert np.array_equal(tuned.score_images(images).score, whole)
+    assert bool(runs) == (config.kind not in READ_PIXELS_ONLY and getattr(config, "input", "features") == "features")
+    with pytest.raises(DataError, match="no images"):
+        tuned.score_images([])
+
+
 def _tune(kind: str, backbone: Backbone, normals: list[np.ndarray], validation: list[np.ndarray]) -> TunedDetector:
     anomalies = [255 - image // 4 for image in _images(6, 9)]
     features = [backbone.extract(images, patches=True) for images in (normals, anomalies, validation)]
@@ -214,6 +247,21 @@ def test_saved_and_loaded_it_scores_the_same(kind, backbone, tmp_path):
     assert loaded.config == tuned.config
     assert loaded.calibration == tuned.calibration
     assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".safetensors")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hottest_places_of_validation_normals_are_the_unit_of_the_heat_that_is_shown(kind, backbone, tmp_path):
+    validation = _images(20, 1)
+    tuned = _tune(kind, backbone, _images(24, 0), validation)
+    tuned.save(tmp_path)
+    for detector in (tuned, TunedDetector.load(tmp_path, backbone)):
+        _, heat = judge(detector, validation, heat=True)
+        if detector.detector.heatmap(detector.extract(validation[:1])) is None:
+            assert heat is None
+            continue
+        hottest = heat.max((1, 2))
+        assert np.median(hottest) == pytest.approx(0, abs=0.01)
+        assert np.median(np.abs(hottest)) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,23 @@ def test_neighbours_do_not_change_an_image(pipeline: KkaFlowPipeline) -> None:
     assert np.abs(alone - among).mean() < 0.002
 
 
+def test_equal_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, asked = tiny.flow_pipeline(), []
+    one_by_one = [pipeline.encode([prompt]) for prompt in ("a rose", "two cars", "a rose")]
+    tokens = pipeline._encoder.tokens  # type: ignore[union-attr]
+
+    def counted(texts: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(texts)
+        return tokens(texts, max_tokens)
+
+    monkeypatch.setattr(pipeline._encoder, "tokens", counted)
+    text, mask = pipeline.encode(["a rose", "two cars", "a rose"])
+    assert asked == ["a rose", "two cars"]
+    for row, (states, present) in enumerate(one_by_one):
+        assert torch.equal(text[row], states[0])
+        assert torch.equal(mask[row], present[0])
+
+
 def test_guidance_one_is_the_conditional_flow(pipeline: KkaFlowPipeline) -> None:
     plain = draw(pipeline, ["a rose"], (1,), guidance_scale=1.0)
     nearly = draw(pipeline, ["a rose"], (1,), guidance_scale=1.0001)

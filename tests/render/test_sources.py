@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kka_ray.config.loading import parse
-from kka_ray.config.models import Cifar100Data
+from kka_ray.config.models import Cifar100Data, FolderData
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.data import open_data
 from kka_ray.data.base import content_hash
@@ -20,9 +20,9 @@ from kka_ray.render.sources import read_sources
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """40 chairs and 3 oaks of 8 px, as CIFAR-100 is stored."""
+    """40 chairs and 3 oaks of 8 px, as CIFAR-100 is stored. Of the two test pictures one is a copy of the first oak."""
     rng = np.random.default_rng(0)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "image": encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)),
             "label": 0,
@@ -35,6 +35,9 @@ def folder(tmp_path: Path) -> Path:
         for n in range(43)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    new = {"image": encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))}
+    tests = [rows[40] | {"source": "test/0.png"}, rows[40] | {"source": "test/1.png"} | new]
+    pq.write_table(pa.Table.from_pylist(tests), tmp_path / "test-00000-of-00001.parquet")
     return tmp_path
 
 
@@ -51,7 +54,8 @@ def config(folder: Path, **source: Any) -> RendererConfig:
 
 
 def test_every_photograph_comes_with_its_captions(folder: Path) -> None:
-    images, captions = read_sources(config(folder))
+    images, captions, counts = read_sources(config(folder))
+    assert counts == [{"images": 43}]
     assert images.shape == (43, 16, 16, 3)
     assert {len(texts) for texts in captions} == {3}
     assert all("chair" in text for texts in captions[:40] for text in texts)
@@ -73,13 +77,42 @@ def test_superclasses_and_classes_are_left_out(folder: Path) -> None:
         read_sources(config(folder, without_superclasses=["fish"]))
 
 
+def test_the_training_normals_of_a_folder_are_shown_with_their_captions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "cups" / "good").mkdir(parents=True)
+    for n in range(20):
+        file = tmp_path / "cups" / "good" / f"{n:02d}.png"
+        file.write_bytes(encode_png(rng.integers(0, 256, (16, 12, 3), dtype=np.uint8)))
+        if n % 2:
+            file.with_suffix(".txt").write_text(f"cup number {n}, with a handle.\n")
+    data = {"kind": "folder", "path": "cups", "description": "a blue cup"}
+    values = config(tmp_path / "cups").model_dump() | {"sources": [{"kind": "data", "data": data, "seed": 3}]}
+    images, captions, counts = read_sources(parse(values, RendererConfig, "test"))
+
+    module = open_data(parse({**data, "path": str(tmp_path / "cups")}, FolderData, "test"), 3)
+    normals = module.normals()
+    assert images.shape == (len(normals.train), 16, 16, 3)
+    assert counts == [{"images": len(normals.train), "validation": 4, **normals.dropped}]
+    for id_, texts in zip(normals.train.ids, captions, strict=True):
+        number = int(Path(id_).stem)
+        assert len(texts) == 3
+        assert all(
+            f"cup number {number}, with a handle" in text if number % 2 else "blue cup" in text for text in texts
+        )
+
+
 def test_images_that_an_evaluation_holds_back_are_not_shown(folder: Path) -> None:
     data = {"kind": "cifar100", "path": folder.name, "validation": 10}
     trained = config(folder, held_out={"data": data, "seeds": 2})
     trained = trained.model_copy(update={"network": trained.network.model_copy(update={"image_size": 8})})
-    shown = {content_hash(image) for image in read_sources(trained)[0]}
+    images, _, (counts,) = read_sources(trained)
+    shown = {content_hash(image) for image in images}
     for seed in (0, 1):
-        module = parse({**data, "path": str(folder)}, Cifar100Data, "test")
-        normals = open_data(module, seed).normals()
-        assert not shown & {content_hash(image) for image in normals.validation.images}
-    assert 20 <= len(shown) - 3 < 30
+        module = open_data(parse({**data, "path": str(folder)}, Cifar100Data, "test"), seed)
+        tested = module.test()
+        assert tested is not None
+        held_back = (*module.normals().validation.images, *tested.images)
+        assert not shown & {content_hash(image) for image in held_back}
+    assert 20 <= len(shown) - 2 < 30
+    # The oak that is tested on as well is left out although its row is not.
+    assert counts == {"images": len(shown), "held_out": 42 - len(shown), "copies": 1}

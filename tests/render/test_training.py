@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from kka_ray.render.training import Settings, Teacher, Trainer, TrainingData, rate_factor, train
+from kka_ray.errors import ConfigError
+from kka_ray.render.training import CHECKPOINT, Settings, Teacher, Trainer, TrainingData, rate_factor, train
 from tests.render import tiny
 
 
@@ -151,6 +153,37 @@ def test_each_caption_of_an_image_is_used() -> None:
     learner.network.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[3]))
     learner.train_step(encoded)
     assert set(masks[0].sum(1).tolist()) == {3, 5}
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    def learner(**identity: Any) -> Trainer:
+        return Trainer(tiny.flow_transformer(), Settings(steps=2, batch=4), identity=identity)
+
+    first = learner(batch=4, data="abc")
+    first.train_step(data())
+    first.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"batch was 4 and is 8, data differs\. .*another name"):
+        train(learner(batch=8, data="def"), data(), tmp_path, lambda _: None)
+    same = learner(batch=4, data="abc", added_since="x")
+    same.load(tmp_path)
+    assert same.step == 1
+
+    # Of before identities were kept.
+    save_file(load_file(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT)
+    old = learner(batch=8)
+    old.load(tmp_path)
+    assert old.step == 1
+
+
+def test_the_identity_of_data_is_its_images_and_captions() -> None:
+    encoder: Any = tiny.FakeTextEncoder()
+
+    def identity(level: int, *captions: str) -> str:
+        images = np.full((len(captions), 8, 8, 3), level, np.uint8)
+        return TrainingData.encode(images, [(text,) for text in captions], encoder, 16).identity()
+
+    assert identity(1, "a", "b") == identity(1, "a", "b")
+    assert len({identity(1, "a", "b"), identity(2, "a", "b"), identity(1, "b", "a"), identity(1, "a b", "b")}) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ _CHUNK = 256
 class BeatGanDetector(Detector):
     """Scores are mean squared errors of reconstruction, images in -1..1."""
 
+    needs_pooled = False
     needs_pixels = True
 
     def __init__(self, config: BeatGan) -> None:

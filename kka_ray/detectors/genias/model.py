@@ -27,6 +27,7 @@ _CHUNK = 256
 class GenIasDetector(Detector):
     """Scores are the classifier's logit plus the VAE's error of reconstruction, each in MADs of validation normals."""
 
+    needs_pooled = False
     needs_pixels = True
 
     def __init__(self, config: GenIas) -> None:

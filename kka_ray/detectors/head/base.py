@@ -34,7 +34,7 @@ class Head(Detector):
         weights = labelled.relative_weights().astype(np.float64)
         self._fit_head(normals.with_views().pooled, labelled.pooled, weights, seed)
         if self._fused:
-            self._normals = torch.from_numpy(normals.pooled.copy())
+            self._normals = torch.from_numpy(normals.pooled.astype(np.float64))
             self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
 
     @abstractmethod
@@ -67,17 +67,18 @@ class Head(Detector):
     def network(self) -> nn.Module:
         if not self._fused:
             return self._module()
-        return _Fused(self._module(), NearestNormals(self._normals, self._neighbours), self._scales)
+        return _Fused(self._module(), NearestNormals(self._normals.float(), self._neighbours), self._scales)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = self._head_state()
         if self._fused:
-            tensors = tensors | {"normals": self._normals}
+            tensors = tensors | {"normals": self._normals.float()}
         return tensors, values | {"scales": {name: asdict(s) for name, s in self._scales.items()}}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         self._restore_head(tensors, values)
-        self._normals = tensors.get("normals", self._normals)
+        if self._fused:
+            self._normals = tensors["normals"].double()
         self._scales = {name: Robust(**s) for name, s in values["scales"].items()}
         return self
 

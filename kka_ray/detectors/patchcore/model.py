@@ -48,7 +48,7 @@ class PatchCoreDetector(Detector):
         self._around = among.topk(min(self.config.neighbours, len(self._memory)), largest=False).indices
         self._fusion = None
         if self.config.image_weight:
-            self._normals = torch.from_numpy(normals.pooled.copy())
+            self._normals = torch.from_numpy(normals.pooled.astype(np.float64))
             self._fusion = Fusion.of(self._patch_scores(validation), self._image_scores(validation))
 
     def score(self, features: Features) -> np.ndarray:
@@ -64,11 +64,11 @@ class PatchCoreDetector(Detector):
         return on_grid(torch.cat(parts), features)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"memory": self._memory, "around": self._around, "normals": self._normals}
+        tensors = {"memory": self._memory, "around": self._around, "normals": self._normals.float()}
         return tensors, {"fusion": asdict(self._fusion) if self._fusion else None}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
-        self._memory, self._around, self._normals = tensors["memory"], tensors["around"], tensors["normals"]
+        self._memory, self._around, self._normals = tensors["memory"], tensors["around"], tensors["normals"].double()
         self._fusion = Fusion.restore(values["fusion"])
         return self
 

@@ -86,9 +86,8 @@ class SimpleNetDetector(Detector):
         return total.astype(np.float32)
 
     def heatmap(self, features: Features) -> np.ndarray:
-        """-D of each patch, standardised as the worst patch of an image is: about 0 for that of a typical normal."""
-        scale = self._scales["patch"]
-        return ((self._patch_scores(features) - scale.median) / scale.mad).astype(np.float32)
+        """-D of each patch."""
+        return self._patch_scores(features)
 
     def network(self) -> nn.Module:
         return _Score(self._branches, self._scales, self.config.patch_weight)

@@ -25,6 +25,7 @@ _CHUNK = 256
 class PixelSimpleNetDetector(Detector):
     """`SimpleNetDetector` on the maps of a small encoder, which is trained first and then frozen as a backbone is."""
 
+    needs_pooled = False
     needs_pixels = True
 
     def __init__(self, config: PixelSimpleNet) -> None:

@@ -33,6 +33,7 @@ class HypersphereDetector(Detector):
 
     def __init__(self, config: DeepSvdd | DetectorDeepSad | AeSvdd, anomaly_weight: float = 0.0) -> None:
         self.needs_pixels = config.input == "pixels"
+        self.needs_pooled = not self.needs_pixels
         self._settings, self._anomaly_weight = config, anomaly_weight
         width, pretraining, epochs = _DEFAULTS[config.input]
         self._pretrain_epochs = pretraining if config.pretrain_epochs is None else config.pretrain_epochs
