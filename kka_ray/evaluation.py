@@ -110,12 +110,22 @@ def metrics(scores: np.ndarray, anomalous: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, progress: Progress) -> Evaluation:
-    """Fits every detector with every arm, then, at the very end, scores the test images."""
+def evaluate(
+    config: RunConfig,
+    store: Store,
+    prepared: Prepared,
+    loop: LoopResult,
+    progress: Progress,
+    ahead: Callable[[], train.Ahead | None] = lambda: None,
+) -> Evaluation:
+    """Fits every detector with every arm, then, at the very end, scores the test images.
+
+    `ahead` gives the job of the fits, if it was started before and is needed.
+    """
     arms = _arms(config, store, prepared, loop)
     wanted = sum(_wanted(d, a) for d in config.detect.detectors for a in arms) * config.detect.seeds
     progress("detect", -1, 0, wanted)
-    fits = _fit_all(config, store, prepared, loop, arms, lambda done: progress("detect", -1, done, wanted))
+    fits = _fit_all(config, store, prepared, loop, arms, lambda done: progress("detect", -1, done, wanted), ahead)
     progress("detect", -1, wanted, wanted)
     test = test_set(config, prepared.data, store)
     if test is None:
@@ -280,6 +290,7 @@ def _fit_all(
     loop: LoopResult,
     arms: list[Arm],
     done: Callable[[int], None],
+    ahead: Callable[[], train.Ahead | None] = lambda: None,
 ) -> dict[tuple[str, str, int], str]:
     """Keys of all fits by (detector, arm, seed), made where they are missing; `done` hears how many are there."""
     real_key, drawn_key = _train_keys(config, store, prepared, loop)
@@ -331,7 +342,8 @@ def _fit_all(
             "fits": missing,
         }
         with _counting(store, list(fits.values()), done):
-            train.run("detect", fit_worker, arguments, config.detect.workers, config.cluster, gpus=False)
+            workers = config.detect.workers
+            train.run("detect", fit_worker, arguments, workers, config.cluster, gpus=False, ahead=ahead())
     return fits
 
 

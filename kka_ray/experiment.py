@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from kka_ray import assets, tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
+from kka_ray.cluster.streaming import Pools
 from kka_ray.config import config_hash, dump, load
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
@@ -67,19 +68,18 @@ def run(
     hash_ = claim(folder, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
-    with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads):
+    with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads), ExitStack() as stack:
         make_plan(config).check(nodes())
-        progress("prepare", -1, 0, 1)
-        prepared = prepare(config, store)
-        progress("prepare", -1, 1, 1)
-        for warning in warnings(config, prepared):
-            say(warning)
-        loop = Loop(config, store, prepared, progress)
-        try:
+        with closing(Pools(config, store.uri)) as pools:
+            pools.open()  # their models are loaded while the normals are read
+            progress("prepare", -1, 0, 1)
+            prepared = prepare(config, store)
+            progress("prepare", -1, 1, 1)
+            for warning in warnings(config, prepared):
+                say(warning)
+            loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
             result = loop.run()
-        finally:
-            loop.close()
-        evaluation = evaluate(config, store, prepared, result, progress)
+        evaluation = evaluate(config, store, prepared, result, progress, loop.take_ahead)
     tuned = headline_detector(config, store, prepared, evaluation)
     summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
     summary["drawn_normals"] = artefacts(tuned, prepared.validation, unseen_drawn_normals(config, result))

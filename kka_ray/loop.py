@@ -19,7 +19,8 @@ import torch
 
 from kka_ray import assets, versions
 from kka_ray.cluster import train
-from kka_ray.cluster.streaming import Drawn, Streamer
+from kka_ray.cluster.fits import fit_worker
+from kka_ray.cluster.streaming import Drawn, Pools, Streamer
 from kka_ray.config.models import ApiSampler, RunConfig
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
@@ -90,7 +91,7 @@ class LoopResult:
 
 
 class Loop:
-    """One run of the method on prepared normals. The pools outlive its rounds; `close` ends them."""
+    """One run of the method on prepared normals. The pools outlive its rounds."""
 
     def __init__(
         self,
@@ -98,9 +99,16 @@ class Loop:
         store: Store,
         prepared: Prepared,
         progress: Progress,
+        pools: Pools,
         withheld: Callable[[Description], bool] | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
-        """`withheld` says whose images never enter the kept set; nothing else of the loop depends on it."""
+        """`withheld` says whose images never enter the kept set; nothing else of the loop depends on it.
+
+        `ahead`: Train jobs are started while what they are to do is still being drawn and judged. Whoever made the
+        pools closes them.
+        """
         self.config, self.store, self.prepared, self.progress = config, store, prepared, progress
         self.withheld = withheld
         self._withheld_ids: set[str] = set()
@@ -108,7 +116,9 @@ class Loop:
         self.guard = Guard(
             config.describe.guard, prepared.data.normal_terms, prepared.normals.train.captions, self.encoder
         )
-        self.streamer = Streamer(config, store, prepared, self.guard)
+        self.streamer = Streamer(config, store, prepared, self.guard, pools)
+        self._starts_ahead = ahead and config.cluster.mode == "disjoint"
+        self._ahead: train.Ahead | None = None
         # Never more than the share, but for what rounding does to the product.
         self.budget = max(int(config.loop.budget * prepared.count + 1e-6), config.loop.min_budget)
 
@@ -122,6 +132,7 @@ class Loop:
             started = time.perf_counter()
             if number:
                 result.adapter, status, training = self._prefer(result, number)
+                self.close()  # the round was stalled, or its adapter found
             preferred = time.perf_counter()
             descriptions, drawn, measures = self._describe_and_render(result, number)
             rendered = time.perf_counter()
@@ -158,9 +169,28 @@ class Loop:
         self.progress("audit", -1, count, count)
         return result
 
+    def take_ahead(self) -> train.Ahead | None:
+        """The job that was started ahead, if any: the caller has to tell it what to do."""
+        job, self._ahead = self._ahead, None
+        return job
+
     def close(self) -> None:
-        """Ends the pools."""
-        self.streamer.close()
+        """Ends a job that was started ahead and is not needed."""
+        job = self.take_ahead()
+        if job:
+            job.cancel()
+
+    def _start_ahead(self, number: int) -> None:
+        """Starts the job that follows a round: DPO, or after the last one the fits."""
+        config = self.config
+        if not self._starts_ahead:
+            return
+        if number < config.loop.rounds:
+            modules, workers = ["kka_ray.preference.dpo"], config.preference.workers
+            self._ahead = train.Ahead("dpo", train.dpo_worker, workers, config.cluster, imports=modules)
+        else:
+            workers = config.detect.workers
+            self._ahead = train.Ahead("detect", fit_worker, workers, config.cluster, gpus=False)
 
     # --- the stages, in the order of the method ---
 
@@ -209,6 +239,7 @@ class Loop:
         key_inputs = {"raw": _digest(raw), "perplexity": measured, **self.streamer.sampler_inputs()}
 
         def make(attempt: Attempt) -> None:
+            self._start_ahead(len(result.rounds))  # a round that is found in the store is soon followed by the next
             lines = [line for _, line in raw]
             log_probs, usage = self.streamer.log_probs([text_of[p] for p, _ in raw], lines) if measured else (None, {})
             stripped = [line.strip() for line in lines]
@@ -335,7 +366,8 @@ class Loop:
                     "cluster": self.config.cluster,
                 }
                 self.streamer.rest_samplers()
-                train.run("dpo", train.dpo_worker, arguments, self.config.preference.workers, self.config.cluster)
+                workers = self.config.preference.workers
+                train.run("dpo", train.dpo_worker, arguments, workers, self.config.cluster, ahead=self.take_ahead())
         return self.store.reported("dpo", key)
 
 

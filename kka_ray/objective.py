@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from kka_ray.cluster.streaming import Pools
 from kka_ray.config.models import RunConfig
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
@@ -67,11 +69,8 @@ def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress
     Raises StageError if fewer than `FEWEST` images are hard or between.
     """
     zeroth = config.model_copy(update={"loop": config.loop.model_copy(update={"rounds": 0})})
-    loop = Loop(zeroth, store, prepared, progress)
-    try:
-        return reference_of(loop.run())
-    finally:
-        loop.close()
+    with closing(Pools(zeroth, store.uri)) as pools:
+        return reference_of(Loop(zeroth, store, prepared, progress, pools).run())
 
 
 def reference_of(result: LoopResult) -> Reference:

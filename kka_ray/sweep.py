@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,7 @@ from kka_ray import tracking
 from kka_ray.cluster import leases
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
+from kka_ray.cluster.streaming import Pools
 from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
@@ -219,11 +221,8 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
     error: str | None = None
     try:
         prepared = prepare(config, store)
-        loop = Loop(config, store, prepared, _quiet, withheld=reference.withholds)
-        try:
-            result = loop.run()
-        finally:
-            loop.close()
+        with closing(Pools(config, store.uri)) as pools:
+            result = Loop(config, store, prepared, _quiet, pools, withheld=reference.withholds).run()
         aucs = validation_auc(config, store, prepared, result, reference)
     except KkaError as failure:
         error = f"{type(failure).__name__}: {failure}"

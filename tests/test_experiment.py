@@ -160,7 +160,17 @@ def test_a_run_is_named_by_what_was_written_wherever_it_is_started(
         raise Stop
 
     monkeypatch.setattr(experiment, "summarise", summarise)
-    for name in ("make_plan", "session", "nodes", "prepare", "warnings", "Loop", "evaluate", "headline_detector"):
+    for name in (
+        "make_plan",
+        "session",
+        "nodes",
+        "Pools",
+        "prepare",
+        "warnings",
+        "Loop",
+        "evaluate",
+        "headline_detector",
+    ):
         monkeypatch.setattr(experiment, name, Anything())
     with pytest.raises(Stop):
         experiment.run(config, lambda *_: None, lambda text: None)

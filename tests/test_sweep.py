@@ -25,6 +25,7 @@ from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.errors import ResourceError, StageError
 from kka_ray.experiment import absolute
+from kka_ray.experiment import computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
@@ -159,7 +160,8 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
         name: str, function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], *_: Any, **__: Any
     ) -> None:
         jobs.append(arguments)
-        function({**arguments, "threads": 1})
+        with computing(1):  # as in a process of its own, whose threads are not ours
+            function({**arguments, "threads": 1})
 
     monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr(fits, "rank", lambda: (0, 1))
@@ -230,10 +232,20 @@ def test_the_results_are_plain_json_and_a_row_a_trial(small: Sweep, tmp_path: Pa
     assert table(result, small).row_count == len(rows)
 
 
-class ClosingLoop:
-    """Stands in for the loop: it fails, and remembers that it was closed."""
+class FakePools:
+    """Stands in for the pools: it remembers that they were closed."""
 
     closed = 0
+
+    def __init__(self, config: RunConfig, store: str) -> None:
+        pass
+
+    def close(self) -> None:
+        FakePools.closed += 1
+
+
+class FailingLoop:
+    """Stands in for the loop."""
 
     def __init__(self, *arguments: Any, withheld: Any) -> None:
         pass
@@ -241,26 +253,25 @@ class ClosingLoop:
     def run(self) -> LoopResult:
         raise StageError("nothing was drawn")
 
-    def close(self) -> None:
-        ClosingLoop.closed += 1
 
-
-def test_a_trial_that_fails_closes_its_loop_and_is_a_row(
+def test_a_trial_that_fails_closes_its_pools_and_is_a_row(
     small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "Loop", ClosingLoop)
+    monkeypatch.setattr(sweep, "Loop", FailingLoop)
+    monkeypatch.setattr(sweep, "Pools", FakePools)
+    before = FakePools.closed
     monkeypatch.setattr(sweep, "prepare", lambda *_: None)
     config = small.base.model_copy(update={"store": small.base.store.model_copy(update={"uri": str(tmp_path)})})
     outcome = measure(small.trials[0], config, reference_of(zeroth()), None)
     assert outcome.error == "StageError: nothing was drawn"
     assert outcome.objective is None
-    assert ClosingLoop.closed == 1
+    assert FakePools.closed == before + 1
 
 
 def test_the_reference_comes_from_a_loop_without_rounds(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[RunConfig] = []
 
-    class Zeroth(ClosingLoop):
+    class Zeroth(FailingLoop):
         def __init__(self, config: RunConfig, *arguments: Any) -> None:
             seen.append(config)
 
@@ -268,10 +279,11 @@ def test_the_reference_comes_from_a_loop_without_rounds(small: Sweep, monkeypatc
             return zeroth()
 
     monkeypatch.setattr(objective, "Loop", Zeroth)
-    before = ClosingLoop.closed
-    objective.make_reference(small.base, None, None, sweep._quiet)  # type: ignore[arg-type]
+    monkeypatch.setattr(objective, "Pools", FakePools)
+    before = FakePools.closed
+    objective.make_reference(small.base, SimpleNamespace(uri=""), None, sweep._quiet)  # type: ignore[arg-type]
     assert [c.loop.rounds for c in seen] == [0]
-    assert ClosingLoop.closed == before + 1
+    assert FakePools.closed == before + 1
 
 
 @pytest.mark.slow

@@ -113,8 +113,15 @@ class Pool:
     _idle_since: float = 0.0
     """Since when no worker was ready."""
 
+    def open(self) -> None:
+        """Starts the actors, which load while others are busy; else they start with the first chunk."""
+        if not self._workers:
+            self._idle_since = time.monotonic()
+            self._group = reserve(self.name, self.size, self.config)
+            self._workers = [self._start_worker() for _ in range(self.size.workers)]
+
     def submit(self, number: int, task: Task) -> None:
-        """Queues a chunk. The actors start with the first one."""
+        """Queues a chunk."""
         self._waiting.append(_Item(number, task))
         self._fill()
 
@@ -278,10 +285,8 @@ class Pool:
 
     def _fill(self) -> None:
         """Hands chunks to the workers that have the fewest."""
-        if self._waiting and not self._workers:
-            self._idle_since = time.monotonic()
-            self._group = reserve(self.name, self.size, self.config)
-            self._workers = [self._start_worker() for _ in range(self.size.workers)]
+        if self._waiting:
+            self.open()
         ready = [worker for worker in self._workers if worker.loading is None and not worker.ended]
         while self._waiting and ready:
             worker = min(ready, key=lambda w: len(w.items))

@@ -31,7 +31,7 @@ from kka_ray.describe.sampler import engine_versions, model_identity
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features
 from kka_ray.features.device import has_bfloat16
-from kka_ray.prepare import Prepared, feature_inputs
+from kka_ray.prepare import Prepared, feature_inputs, needs_patches
 from kka_ray.records import Description, Prompt, Rendering, from_table
 from kka_ray.store import Store
 
@@ -61,48 +61,62 @@ class Drawn:
     """Seconds that workers spent on the round's chunks, by stage, whenever that was."""
 
 
-class Streamer:
-    """The pools of samplers and renderers, and the guard between them."""
+class Pools:
+    """The pools of samplers and renderers of a run."""
 
-    def __init__(self, config: RunConfig, store: Store, prepared: Prepared, guard: Guard) -> None:
-        self.config, self.store, self.prepared, self.guard = config, store, prepared, guard
-        cluster = config.cluster
-        self.normals = Drawn()
-        """The normal captions that were drawn, once a round has run after `submit_normals`."""
-        self.sampler_identity = model_identity(config.describe.sampler)
-        self._sampler_versions = versions.computing() | engine_versions(config.describe.sampler)
-        self.renderer_identity = assets.resolve(config.render.pipeline).identity
-        self._samplers = Pool(
+    def __init__(self, config: RunConfig, store: str) -> None:
+        cluster, patches = config.cluster, needs_patches(config)
+        self.turns = cluster.mode == "colocated"
+        """Whether they have one place for both, and take turns."""
+        self.samplers = Pool(
             "samplers",
-            lambda group: start(SamplerWorker, cluster.samplers, cluster.device, group, store.uri, config.describe),
+            lambda group: start(SamplerWorker, cluster.samplers, cluster.device, group, store, config.describe),
             cluster.samplers,
             cluster,
         )
-        self._renderers = Pool(
+        self.renderers = Pool(
             "renderers",
             lambda group: start(
                 RenderWorker,
                 cluster.renderers,
                 cluster.device,
                 group,
-                store.uri,
+                store,
                 config.render,
                 config.backbone,
-                prepared.patches,
+                patches,
             ),
             cluster.renderers,
             cluster,
         )
-        self._turns = cluster.mode == "colocated"
-        self._later: list[tuple[int, RenderTask]] = []
-        """Chunks for the renderers, while it is the samplers' turn."""
+
+    def open(self) -> None:
+        """Starts the actors of both, where both have a place."""
+        if not self.turns:
+            self.renderers.open()
+            self.samplers.open()
 
     def close(self) -> None:
         """Ends the actors of both pools, of the second even if the first cannot be ended."""
         try:
-            self._samplers.stop()
+            self.samplers.stop()
         finally:
-            self._renderers.stop()
+            self.renderers.stop()
+
+
+class Streamer:
+    """The guard between samplers and renderers, and what goes to either."""
+
+    def __init__(self, config: RunConfig, store: Store, prepared: Prepared, guard: Guard, pools: Pools) -> None:
+        self.config, self.store, self.prepared, self.guard = config, store, prepared, guard
+        self.normals = Drawn()
+        """The normal captions that were drawn, once a round has run after `submit_normals`."""
+        self.sampler_identity = model_identity(config.describe.sampler)
+        self._sampler_versions = versions.computing() | engine_versions(config.describe.sampler)
+        self.renderer_identity = assets.resolve(config.render.pipeline).identity
+        self._samplers, self._renderers, self._turns = pools.samplers, pools.renderers, pools.turns
+        self._later: list[tuple[int, RenderTask]] = []
+        """Chunks for the renderers, while it is the samplers' turn."""
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int]]:
         """Token log-probabilities under the untuned model, shared out among the samplers, and what was asked of an API
@@ -185,6 +199,8 @@ class Streamer:
                         sizes.append(len(task.rows))
                     next_chunk += 1
                 progress("describe", number, len(descriptions), self.config.loop.lines)
+                if next_chunk == len(tasks) and not self._turns:
+                    written_all(drawn.raw)  # while the renderers go on
         except BudgetError:
             self._forget_failures()
             raise
@@ -200,10 +216,10 @@ class Streamer:
             self._renderers.submit(number, task)
 
     def _turn_by_turn(self, between: Callable[[], None]) -> Iterator[tuple[Pool, int, Any]]:
-        """Chunks of both pools as they are ready; where the pools take turns, each ends before the next begins."""
+        """Chunks of both pools as they are ready; where the pools take turns, each ends before the next begins, and
+        `between` is called then."""
         if not self._turns:
             yield from drain([self._samplers, self._renderers])
-            between()
             return
         yield from drain([self._samplers])
         between()

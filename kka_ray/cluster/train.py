@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import itertools
 import logging
 import math
 import os
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.placement import not_free
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+_CANCEL_SECONDS = 60.0
 
 
 def run(
@@ -40,6 +46,7 @@ def run(
     cluster: ClusterConfig,
     *,
     gpus: bool = True,
+    ahead: Ahead | None = None,
 ) -> None:
     """Runs `function(arguments)` on `workers` processes of one Ray Train job and waits for its end.
 
@@ -49,8 +56,11 @@ def run(
     The function writes what it makes into the store. A worker that dies has the job started again, up to
     `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
     used before would load the old job's state. Raises ResourceError if the workers get no places within
-    `cluster.start_timeout`, rounded up to the times that Ray Train waits at once (60 s).
+    `cluster.start_timeout`, rounded up to the times that Ray Train waits at once (60 s). `ahead` is this job, if it was
+    started before.
     """
+    if ahead:
+        return ahead.go(arguments)
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     each = cluster.train_gpus if gpus else 0.0
     # NCCL reduces what lies on GPUs alone.
@@ -84,6 +94,79 @@ def run(
                 if not _unattended(error) or restarts >= cluster.max_restarts:
                     raise _reason(name, error) from error
                 log.warning("the Ray Train job %s is started again: %s", name, str(error).splitlines()[0])
+
+
+class Ahead:
+    """A job whose workers start and import while it is still being worked out what they are to do.
+
+    That takes longer than many a job itself. Every job that was made must be told: `go` or `cancel`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[dict[str, Any]], None],
+        workers: int,
+        cluster: ClusterConfig,
+        *,
+        imports: Sequence[str] = (),
+        gpus: bool = True,
+    ) -> None:
+        """Arguments are those of `run`; `imports` are modules that the function only imports as it runs."""
+        # On this node: without the driver's there is no job.
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._gate = ray.remote(num_cpus=0, scheduling_strategy=node)(_Gate).remote()
+        self._error: BaseException | None = None
+        arguments = {"gate": self._gate, "function": function, "imports": list(imports)}
+
+        def work() -> None:
+            try:
+                run(name, _behind_the_gate, arguments, workers, cluster, gpus=gpus)
+            except BaseException as error:  # told to whoever waits for the job
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name=f"kka-{name}", daemon=True)
+        self._thread.start()
+
+    def go(self, arguments: Mapping[str, Any]) -> None:
+        """Runs the function with these arguments and waits for its end; see `run`."""
+        self._open(dict(arguments))
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Ends the workers: there is nothing to do."""
+        with suppress(RayActorError):  # the cluster may be gone
+            self._open(None)
+        self._thread.join(_CANCEL_SECONDS)
+
+    def _open(self, arguments: dict[str, Any] | None) -> None:
+        ray.get(self._gate.open.remote(arguments))
+
+
+class _Gate:
+    """Where the workers of a job wait to be told what to do."""
+
+    def __init__(self) -> None:
+        self._opened = asyncio.Event()
+        self._arguments: dict[str, Any] | None = None
+
+    async def open(self, arguments: dict[str, Any] | None) -> None:
+        self._arguments = arguments
+        self._opened.set()
+
+    async def wait(self) -> dict[str, Any] | None:
+        await self._opened.wait()
+        return self._arguments
+
+
+def _behind_the_gate(arguments: dict[str, Any]) -> None:
+    for module in arguments["imports"]:
+        importlib.import_module(module)
+    told = ray.get(arguments["gate"].wait.remote())
+    if told is not None:
+        arguments["function"]({**told, "threads": arguments["threads"]})
 
 
 def _waits(cluster: ClusterConfig) -> int:

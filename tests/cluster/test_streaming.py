@@ -1,4 +1,4 @@
-"""What a streamer does with its pools."""
+"""The pools of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kka_ray.cluster.streaming import Streamer
+from kka_ray.cluster.streaming import Pools
 
 
 class _Pool:
@@ -22,5 +22,5 @@ class _Pool:
 def test_every_pool_is_stopped_even_if_another_cannot_be() -> None:
     pools = _Pool(ConnectionError("the cluster is gone")), _Pool()
     with pytest.raises(ConnectionError, match="the cluster is gone"):
-        Streamer.close(SimpleNamespace(_samplers=pools[0], _renderers=pools[1]))  # type: ignore[arg-type]
+        Pools.close(SimpleNamespace(samplers=pools[0], renderers=pools[1]))  # type: ignore[arg-type]
     assert [pool.stopped for pool in pools] == [1, 1]

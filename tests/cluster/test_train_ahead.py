@@ -1,0 +1,44 @@
+"""Jobs that are started before it is known what they are to do."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kka_ray.cluster import train
+from kka_ray.config.models import ClusterConfig
+from kka_ray.errors import StageError
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+CLUSTER = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=0)
+
+
+def note(arguments: dict[str, Any]) -> None:
+    if arguments["text"] == "fail":
+        raise StageError("there is nothing to note")
+    Path(arguments["file"]).write_text(f"{arguments['text']} {arguments['threads']}")
+
+
+def test_a_job_that_was_started_ahead_does_what_it_is_told_and_no_sooner(tmp_path: Path) -> None:
+    ahead = train.Ahead("note", note, 1, CLUSTER, imports=["json"])
+    time.sleep(1)
+    assert list(tmp_path.iterdir()) == []
+    train.run("note", note, {"file": str(tmp_path / "a"), "text": "done"}, 1, CLUSTER, ahead=ahead)
+    assert (tmp_path / "a").read_text() == "done 1"
+
+
+def test_its_error_is_told_to_whoever_waits_for_it() -> None:
+    ahead = train.Ahead("note", note, 1, CLUSTER)
+    with pytest.raises(StageError, match="nothing to note"):
+        ahead.go({"file": "", "text": "fail"})
+
+
+def test_a_cancelled_job_ends_without_doing_anything(tmp_path: Path) -> None:
+    ahead = train.Ahead("note", note, 1, CLUSTER)
+    ahead.cancel()
+    assert not ahead._thread.is_alive()
+    assert list(tmp_path.iterdir()) == []
