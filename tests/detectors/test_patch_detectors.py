@@ -68,6 +68,24 @@ def test_the_score_is_the_worst_patch_reweighted_by_its_neighbourhood():
     assert (weighted.score(test) < worst).all()
 
 
+def test_the_reweighting_is_that_of_the_paper():
+    """Eq. 7, computed patch by patch from all normal patches: s = (1 - exp(d*) / sum of exp(d_m)) d*, with d* the
+    distance of the worst patch to its nearest memory m*, and d_m those to the 4 memories nearest to m*."""
+    normals, test = _grid(6, 0), _grid(4, 1)
+    detector = build(PatchCore(kind="patchcore", coreset=1, image_weight=0, neighbours=4))
+    detector.fit(_features(normals), None, _features(_grid(3, 2)), 0)
+    memory = normals.astype(np.float16).astype(np.float64).reshape(-1, 6)
+    expected = []
+    for patches in test.astype(np.float16).astype(np.float64).reshape(4, -1, 6):
+        distance = np.linalg.norm(patches[:, None] - memory, axis=2)
+        worst = distance.min(1).argmax()
+        nearest = distance[worst].argmin()
+        around = np.linalg.norm(memory - memory[nearest], axis=1).argsort()[:4]
+        share = np.exp(distance[worst, nearest]) / np.exp(distance[worst, around]).sum()
+        expected.append((1 - share) * distance[worst, nearest])
+    np.testing.assert_allclose(detector.score(_features(test)), expected, rtol=1e-4)
+
+
 def test_padim_knows_what_is_normal_where():
     normals = 0.1 * _grid(50, 0)
     normals[:, 0, 0] += 5  # only the corner is bright

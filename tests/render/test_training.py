@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from kka_ray.errors import ConfigError
+from kka_ray.render import KkaFlowPipeline
 from kka_ray.render.training import CHECKPOINT, Settings, Teacher, Trainer, TrainingData, rate_factor, train
+from kka_ray.render.transformer import FlowTransformer
 from tests.render import tiny
 
 
@@ -40,6 +43,57 @@ def test_loss_falls_and_every_parameter_changes(tmp_path: Path) -> None:
     assert not torch.equal(average.patch_in.weight, learner.network.patch_in.weight)
 
 
+def test_the_average_follows_the_weights_slowly() -> None:
+    learner = trainer(5, ema=0.3)
+    want = {name: p.detach().clone() for name, p in learner.network.named_parameters()}
+    for step in range(1, 6):
+        learner.train_step(data())
+        kept = min(0.3, (1 + step) / (10 + step))
+        for name, p in learner.network.named_parameters():
+            want[name] = kept * want[name] + (1 - kept) * p.detach()
+    for name, p in learner.average.named_parameters():
+        torch.testing.assert_close(p, want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fake_text")
+def test_a_new_network_learns_two_colours_and_draws_them() -> None:
+    """Flat pictures of two colours, under one text: whatever varies within a noisy one is its noise, 1 - time of it."""
+    colours = np.array([[200, 40, 60], [30, 120, 220]], np.uint8)
+    images = np.broadcast_to(colours[:, None, None], (2, 16, 16, 3)).copy()
+    encoder: Any = tiny.FakeTextEncoder()
+    encoded = TrainingData.encode(images, [("a tile",)] * 2, encoder, 8)
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "max_text_tokens": 8, "word_slots": 2}
+    settings = Settings(steps=200, batch=32, warmup=20, learning_rate=3e-3, ema=0.98)
+    learner = Trainer(FlowTransformer(**sizes), settings)
+    seen: dict[str, list[torch.Tensor]] = {"learnt": [], "drawn": []}
+
+    def watch(network: FlowTransformer, where: str) -> None:
+        def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            noisy, time = inputs[:2]
+            seen[where].append(torch.stack([time, noisy.std((2, 3)).mean(1)]))
+
+        network.register_forward_pre_hook(note)
+
+    watch(learner.network, "learnt")
+    watch(learner.average, "drawn")
+    while learner.step < settings.steps:
+        learner.train_step(encoded)
+    pipeline = KkaFlowPipeline(learner.average, FlowMatchEulerDiscreteScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    drawn = pipeline(["a tile"] * 16, 10, guidance_scale=1.0, generator=generators, output_type="np").images
+
+    distance = np.abs(255 * drawn[:, None] - colours[None, :, None, None].astype(float)).mean((2, 3, 4))
+    assert distance.min(1).mean() < 10
+    assert len(set(distance.argmin(1))) == 2
+    for where in ("learnt", "drawn"):
+        time, noise = torch.cat(seen[where], 1)
+        assert float(time.min()) < 0.1
+        assert float(time.max()) > 0.8
+        torch.testing.assert_close(noise, 1 - time, rtol=0.2, atol=0.05, msg=where)
+
+
 def test_a_resumed_training_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole = trainer(8)
     train(whole, data(), tmp_path / "whole", lambda _: None)
@@ -59,7 +113,7 @@ def test_a_resumed_training_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: 
 
 def test_a_student_learns_to_draw_with_guidance_in_one_evaluation() -> None:
     teacher = Teacher(tiny.flow_transformer(), 2.5)
-    learner = trainer(120, drop_text=0.0)
+    learner = trainer(120, drop_text=0.0, learning_rate=1e-3)
     learner.teacher = teacher
     text, mask = data().text(torch.arange(16))
     noisy, time = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 0.8, 16)
