@@ -24,8 +24,7 @@ from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.errors import ResourceError, StageError
-from kka_ray.experiment import absolute
-from kka_ray.experiment import computing
+from kka_ray.experiment import absolute, computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
