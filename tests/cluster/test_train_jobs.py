@@ -53,9 +53,10 @@ def test_a_sharded_model_is_trained_as_a_whole_one_and_saved_whole(tmp_path: Pat
     store, model = Store(str(tmp_path / "store")), save_model(tmp_path / "model")
     config = PreferenceConfig(steps=6, batch=4, micro_batch=2, warmup=0, learning_rate=1e-2, workers=2)
     cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=0)
-    whole, _ = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
+    whole, replicas = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
     sharding = config.model_copy(update={"sharding": "fsdp"})
     sharded, reports = dpo_jobs.run(store, tmp_path / "sharded", pairs(7), model, sharding, cluster)
+    assert [report["sharded"] for report in replicas + reports] == [False, False, True, True]
     ours, theirs = ([row["loss"] for row in output.json("result")["history"]] for output in (whole, sharded))
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < ours[0] - 0.02
