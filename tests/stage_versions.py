@@ -43,7 +43,7 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
         ("render/renderer.py", "render/pipeline.py", "render/transformer.py", "render/masks.py"),
     ),
     "pairs": (pairs.VERSION, ("preference/pairs.py",)),
-    "dpo": (dpo.VERSION, ("preference/dpo.py", "preference/packing.py")),
+    "dpo": (dpo.VERSION, ("preference/dpo.py", "preference/trainer.py", "preference/packing.py")),
     "fit": (tuned.VERSION, ("detectors", "encoders", "features/base.py", "features/robust.py")),
 }
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.train import rank
 from kka_ray.detectors.training import Training
@@ -30,14 +31,11 @@ CHECKPOINT_SECONDS = 30.0
 
 
 class SharedTraining(Training):
-    """The gradient steps of one fit, shared by the workers of a job, with checkpoints in the store.
-
-    A checkpoint lies beside the output that is being made, so a job that is started again, here or elsewhere, finds it.
-    """
+    """The gradient steps of one fit, shared by the workers of a job, with checkpoints in the store."""
 
     def __init__(self, store: Store, key: str, number: int = 0, workers: int = 1) -> None:
-        self._store, self._number, self._workers = store, number, workers
-        self._folder = store.path("fit", key, "checkpoint")
+        self._number, self._workers = number, workers
+        self._checkpoints = Checkpoints(store, "fit", key)
         self._kept = time.monotonic()
 
     def rows(self, count: int) -> slice:
@@ -54,26 +52,18 @@ class SharedTraining(Training):
 
     def read(self, name: str) -> bytes | None:
         # Nobody can write a newer one before all have read: the first step needs every worker.
-        try:
-            return bytes(self._store.filesystem.cat_file(self._path(name)))
-        except FileNotFoundError:
-            return None
+        return self._checkpoints.read(name)
 
     def keep(self, name: str, content: Callable[[], bytes]) -> None:
         if self._number > 0 or time.monotonic() - self._kept < CHECKPOINT_SECONDS:
             return
-        partial = f"{self._path(name)}.partial"
-        self._store.put(partial, content())
-        self._store.filesystem.mv(partial, self._path(name))
+        self._checkpoints.write(name, content())
         self._kept = time.monotonic()
 
     def clear(self) -> None:
         """Deletes the checkpoints, once the fit is done."""
-        if self._number == 0 and self._store.filesystem.exists(self._folder):
-            self._store.filesystem.rm(self._folder, recursive=True)
-
-    def _path(self, name: str) -> str:
-        return f"{self._folder}/{name}.safetensors"
+        if self._number == 0:
+            self._checkpoints.clear()
 
 
 def fit_worker(arguments: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.placement import not_free
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
@@ -130,7 +131,10 @@ def computes_on(cluster: ClusterConfig) -> str:
 
 
 def dpo_worker(arguments: dict[str, Any]) -> None:
-    """One worker of a DPO job: `pairs` (key in stage `pairs`) train an adapter, committed by the first worker."""
+    """One worker of a DPO job: `pairs` (key in stage `pairs`) train an adapter, committed by the first worker.
+
+    A job that is started again goes on from its last checkpoint in the store.
+    """
     import torch
 
     from kka_ray.preference.dpo import VERSION, train_dpo
@@ -144,7 +148,8 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
     if found is None:
         raise StageError(f"pairs/{arguments['pairs']} is not in the store")
     previous = store.find("dpo", arguments["previous"]) if arguments["previous"] else None
-    attempt = Attempt(store, "dpo", stage_key("dpo", VERSION, arguments["inputs"]))
+    key = stage_key("dpo", VERSION, arguments["inputs"])
+    attempt, checkpoints = Attempt(store, "dpo", key), Checkpoints(store, "dpo", key)
     with tempfile.TemporaryDirectory(prefix="kka-dpo-") as temporary:
         work = Path(temporary)
         result = train_dpo(
@@ -158,8 +163,10 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
             workers=workers,
             cpu=device(arguments["cluster"]).type == "cpu",
             trust_remote_code=arguments["trust_remote_code"],
+            checkpoints=checkpoints,
         )
         if number == 0:
             attempt.folder(work / "result")
             attempt.json(result.to_json(), "result")
             store.commit(attempt, arguments["inputs"])
+            checkpoints.clear()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from kka_ray.encoders.state import part
+from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
 
 
 class Training:
@@ -80,8 +80,7 @@ def _state(
     done: int, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Tensor]:
     tensors = {f"module.{k}": v.detach().clone() for k, v in module.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v.clone() for k, v in values.items() if v is not None}
+    tensors |= {f"optimizer.{k}": v for k, v in optimizer_state(optimizer).items()}
     return tensors | {"generator": generator.get_state(), "epochs": torch.tensor(done)}
 
 
@@ -90,11 +89,6 @@ def _restore(
 ) -> int:
     """Puts a checkpoint in place and returns the number of its epochs."""
     module.load_state_dict(part(tensors, "module"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_optimizer(optimizer, part(tensors, "optimizer"))
     generator.set_state(tensors["generator"])
     return int(tensors["epochs"])

@@ -1,7 +1,7 @@
 """Direct preference optimisation of a LoRA adapter with TRL. One process; `kka_ray.cluster` runs it as a Ray Train job.
 
-TRL keeps policy, reference and adapter; the log-probabilities are computed on packed batches (`packing`), several times
-faster than one padded row a line.
+TRL keeps policy, reference and adapter; the log-probabilities are computed on packed batches (`packing`, `trainer`),
+several times faster than one padded row a line.
 
 The adapter is always one on the raw base model, whatever the round: with `reference: base` a round continues the last
 adapter against the base model as reference; with `reference: previous` it continues it against the last adapter itself.
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import use_adapter
+from trl import DPOConfig
 
 from kka_ray import assets
 from kka_ray.config.models import PreferenceConfig
 from kka_ray.errors import ConfigError, StageError
-from kka_ray.preference.packing import Line, Packer, SamePromptSampler, log_probs
+from kka_ray.preference.packing import Packer
+from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
 VERSION = 3
+CHECKPOINT_STEPS = 10
+"""Steps between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def train_dpo(
     cpu: bool,
     workers: int = 1,
     trust_remote_code: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> DpoResult:
     """Trains an adapter on `pairs` and writes it to `target` (PEFT's format, safetensors).
 
@@ -71,6 +72,8 @@ def train_dpo(
         work: folder for TRL's own files.
         cpu: compute on the CPU, whatever GPUs this process sees.
         workers: processes that take part, each with a shard of every batch.
+        checkpoints: where the state is kept every `CHECKPOINT_STEPS` steps, and what is there goes on, with the result
+            of an uninterrupted training; by default nothing is kept.
 
     Raises StageError if the loss is not finite, no weight changed or `config.max_length` cuts off all that a pair
     differs by; ConfigError for impossible settings.
@@ -89,20 +92,21 @@ def train_dpo(
     policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
     trainer = PackedDPOTrainer(
         model=policy,
-        args=_arguments(config, seed, work, workers, cpu=cpu),
+        args=_arguments(config, seed, work, workers, cpu=cpu, checkpoints=checkpoints is not None),
         data_collator=Packer(config.max_length),
         train_dataset=Dataset.from_list(
             [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
         ),
         processing_class=tokenizer,
         peft_config=None if continued else _lora(config),
+        checkpoints=checkpoints,
     )
     if previous is not None and not continued:
         # Given a plain model TRL takes the model without its adapter as reference; the adapter may then be continued.
         set_peft_model_state_dict(trainer.model, load_file(previous / "adapter_model.safetensors"))
-    before = _trainable(trainer.model)
-    trainer.train()
-    after = _trainable(trainer.model)
+    before = trainable(trainer.model)
+    trainer.train_on(work / "resumed")
+    after = trainable(trainer.model)
     if all(torch.equal(before[k], after[k]) for k in before):
         raise StageError("DPO changed no weight of the adapter; is the learning rate zero?")
     history = tuple(_row(log) for log in trainer.state.log_history if "loss" in log)
@@ -118,39 +122,6 @@ def train_dpo(
         margin=history[-1]["margin"],
         history=history,
     )
-
-
-class PackedDPOTrainer(DPOTrainer):
-    """TRL's trainer with the sigmoid loss on packed batches; the reference reads each line once."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._reference: dict[Line, Tensor] = {}
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SamePromptSampler:
-        pairs = train_dataset if train_dataset is not None else self.train_dataset
-        prompts = [tuple(ids) for ids in pairs["prompt_ids"]]
-        return SamePromptSampler(prompts, self.args.per_device_train_batch_size, self.args.data_seed)
-
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
-    ) -> Tensor:
-        """Mean of -log sigmoid of the reward margins (Rafailov et al., 2023, equation 7)."""
-        gain = self.beta * (log_probs(model, inputs) - self._reference_log_probs(inputs))
-        chosen, rejected = gain[inputs["chosen"]], gain[inputs["rejected"]]
-        margins = self.accelerator.gather(chosen - rejected).detach()
-        self._metrics["train"]["rewards/margins"].append(margins.mean().item())
-        self._metrics["train"]["rewards/accuracies"].append((margins > 0).float().mean().item())
-        return -F.logsigmoid(chosen - rejected).mean()
-
-    def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
-        if any(line not in self._reference for line in batch["lines"]):
-            model = self.accelerator.unwrap_model(self.model)
-            name = "ref" if "ref" in model.peft_config else None
-            with torch.no_grad(), use_adapter(model, name), self.accelerator.autocast():
-                found = log_probs(model, batch)
-            self._reference |= dict(zip(batch["lines"], found, strict=True))
-        return torch.stack([self._reference[line] for line in batch["lines"]])
 
 
 def _load_base(path: Path, config: PreferenceConfig, trust_remote_code: bool) -> torch.nn.Module:
@@ -178,7 +149,9 @@ def _lora(config: PreferenceConfig) -> LoraConfig:
     )
 
 
-def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int, *, cpu: bool) -> DPOConfig:
+def _arguments(
+    config: PreferenceConfig, seed: int, work: Path, workers: int, *, cpu: bool, checkpoints: bool = False
+) -> DPOConfig:
     return DPOConfig(
         output_dir=str(work),
         beta=config.beta,
@@ -193,16 +166,13 @@ def _arguments(config: PreferenceConfig, seed: int, work: Path, workers: int, *,
         gradient_checkpointing=False,
         use_cpu=cpu,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=CHECKPOINT_STEPS,
         report_to="none",
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,
     )
-
-
-def _trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
 
 
 def _row(log: dict[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
 from kka_ray.features.text import TextEncoder
 from kka_ray.render.transformer import FlowTransformer
 
@@ -192,8 +193,7 @@ class Trainer:
         state = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for o, optimizer in enumerate(self.optimizers):
-            for i, moments in optimizer.state_dict()["state"].items():
-                state |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+            state |= {f"optimizer.{o}.{k}": v for k, v in optimizer_state(optimizer).items()}
         state["step"] = torch.tensor(self.step)
         temporary = folder / f".{CHECKPOINT}.partial"
         save_file({k: v.contiguous() for k, v in state.items()}, temporary)
@@ -203,15 +203,10 @@ class Trainer:
         """The inverse of `save`."""
         state = load_file(folder / CHECKPOINT)
         self.step = int(state.pop("step"))
-        part = lambda name: {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")}  # noqa: E731
-        self.network.load_state_dict(part("network"))
-        self.average.load_state_dict(part("average"))
+        self.network.load_state_dict(part(state, "network"))
+        self.average.load_state_dict(part(state, "average"))
         for o, optimizer in enumerate(self.optimizers):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(f"optimizer.{o}").items():
-                index, _, name = key.partition(".")
-                moments.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            restore_optimizer(optimizer, part(state, f"optimizer.{o}"))
 
 
 def train(

@@ -1,13 +1,18 @@
-"""Ray Train jobs that do not get what they need."""
+"""Ray Train jobs that do not get what they need, and jobs that are killed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from kka_ray.cluster import train
-from kka_ray.config.models import ClusterConfig
+from kka_ray.config.models import ClusterConfig, PreferenceConfig
 from kka_ray.errors import ResourceError
+from kka_ray.store import Store
+from tests.cluster import dpo_jobs
 from tests.integration.failing_jobs import mistake
+from tests.preference.tiny import pairs, save_model
 
 
 @pytest.mark.slow
@@ -22,3 +27,19 @@ def test_a_job_that_gets_no_places_says_what_it_waited_for(monkeypatch: pytest.M
 def test_a_job_waits_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     assert [train._waits(ClusterConfig(start_timeout=seconds)) for seconds in (1, 60, 61, 1800)] == [1, 1, 2, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_dpo_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    store, model = Store(str(tmp_path / "store")), save_model(tmp_path / "model")
+    config = PreferenceConfig(steps=12, batch=4, micro_batch=2, warmup=0, learning_rate=1e-2, workers=2)
+    cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=1)
+    whole, undisturbed = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
+    found, killed = dpo_jobs.run(store, tmp_path / "killed", pairs(7), model, config, cluster, mark=tmp_path / "mark")
+    assert (tmp_path / "mark").exists()
+    assert [len(report["seen"]) for report in undisturbed] == [12, 12]
+    assert [report["seen"] for report in killed] == [report["seen"][10:] for report in undisturbed]
+    assert found.json("result") == whole.json("result")
+    assert found.read("adapter/adapter_model.safetensors") == whole.read("adapter/adapter_model.safetensors")
+    assert not list((tmp_path / "store").glob("dpo/*/checkpoint"))

@@ -1,0 +1,34 @@
+"""States of jobs, kept beside the output that is being made: whoever goes on with it, here or elsewhere, finds them."""
+
+from __future__ import annotations
+
+from kka_ray.store import Store
+
+
+class Checkpoints:
+    """The states of the making of one output, each replaced as a whole. One process of a job writes, all may read."""
+
+    def __init__(self, store: Store, stage: str, key: str) -> None:
+        self._store = store
+        self._folder = store.path(stage, key, "checkpoint")
+
+    def read(self, name: str) -> bytes | None:
+        """The last state that was written under a name, None if there is none."""
+        try:
+            return bytes(self._store.filesystem.cat_file(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replaces a state. Raises ResourceError if the storage is full or refuses."""
+        partial = f"{self._path(name)}.partial"
+        self._store.put(partial, content)
+        self._store.filesystem.mv(partial, self._path(name))
+
+    def clear(self) -> None:
+        """Deletes all of them, once the output is there."""
+        if self._store.filesystem.exists(self._folder):
+            self._store.filesystem.rm(self._folder, recursive=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}.safetensors"
