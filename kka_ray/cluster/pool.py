@@ -147,9 +147,16 @@ class Pool:
     def rest(self) -> None:
         """Calls `sleep()` of every worker that is ready: it gives memory back until its next chunk.
 
-        One that is dead has given it back already, and is replaced with its next chunk.
+        One that is dead, or is killed as it is not asleep within `cluster.chunk_timeout`, has given it back as well and
+        is replaced with its next chunk.
         """
-        for call in [worker.actor.sleep.remote() for worker in self._workers if worker.loading is None]:
+        calls = {worker.actor.sleep.remote(): worker for worker in self._workers if worker.loading is None}
+        done = ray.wait(list(calls), num_returns=len(calls), timeout=self.config.chunk_timeout)[0] if calls else []
+        for call, worker in calls.items():
+            if call not in done:
+                log.warning("%s: a worker is not asleep after %g s", self.name, self.config.chunk_timeout)
+                ray.kill(worker.actor)
+                continue
             try:
                 ray.get(call)
             except RayActorError as error:

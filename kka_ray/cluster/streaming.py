@@ -98,9 +98,11 @@ class Streamer:
         """Chunks for the renderers, while it is the samplers' turn."""
 
     def close(self) -> None:
-        """Ends the actors of both pools."""
-        self._samplers.stop()
-        self._renderers.stop()
+        """Ends the actors of both pools, of the second even if the first cannot be ended."""
+        try:
+            self._samplers.stop()
+        finally:
+            self._renderers.stop()
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int]]:
         """Token log-probabilities under the untuned model, shared out among the samplers, and what was asked of an API

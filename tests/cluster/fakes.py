@@ -62,6 +62,10 @@ class FakeWorker:
     def probe(self, task: Task) -> None:
         self.work(task)
 
+    def sleep(self) -> None:
+        if self.start == "sleepless":
+            time.sleep(3600)
+
 
 def pool(folder: Any = "", start: str = "ok", workers: int = 1, most: int | None = None, **limits: Any) -> Pool:
     actor = ray.remote(num_cpus=0.1)(FakeWorker)

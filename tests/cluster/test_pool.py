@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def test_a_model_that_cannot_be_loaded_says_so(make: Any) -> None:
 def test_workers_that_die_as_they_start_end_the_run(make: Any) -> None:
     with pytest.raises(StageError, match="2 workers in succession died as they started"):
         work(make(start="crash", max_restarts=1), fakes.rows("ok"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_fall_asleep_holds_nobody_up(make: Any) -> None:
+    pool = make(start="sleepless", workers=2, chunk_timeout=3)
+    assert work(pool, fakes.rows("ok")) == {0: {"0-ok": ""}}
+    started = time.monotonic()
+    pool.rest()
+    assert time.monotonic() - started < 10
+    assert work(pool, fakes.rows("ok")) == {0: {"0-ok": ""}}
 
 
 def test_a_pool_grows_while_chunks_wait_and_shrinks_when_none_do(make: Any, tmp_path: Path) -> None:
