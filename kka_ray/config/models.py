@@ -270,11 +270,22 @@ class PreferenceConfig(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     load_in_4bit: bool = Field(False, description="quantised base model; needs CUDA and bitsandbytes")
     workers: int = Field(1, ge=1)
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: each worker holds a part of the model and not all of it; needs CUDA"
+    )
 
     @model_validator(mode="after")
     def _learns(self) -> PreferenceConfig:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_can_be_made(self) -> PreferenceConfig:
+        if self.sharding == "fsdp" and self.workers == 1:
+            raise ValueError("sharding fsdp shares the model out among workers, and there is one: raise workers")
+        if self.sharding == "fsdp" and self.load_in_4bit:
+            raise ValueError("a model in 4 bits cannot be sharded: set load_in_4bit to false or sharding to none")
         return self
 
     @model_validator(mode="after")

@@ -73,11 +73,14 @@ def train_dpo(
         cpu: compute on the CPU, whatever GPUs this process sees.
         workers: processes that take part, each with a shard of every batch.
         checkpoints: where the state is kept every `CHECKPOINT_STEPS` steps, and what is there goes on, with the result
-            of an uninterrupted training; by default nothing is kept.
+            of an uninterrupted training; by default, and with a sharded model, nothing is kept.
 
     Raises StageError if the loss is not finite, no weight changed or `config.max_length` cuts off all that a pair
     differs by; ConfigError for impossible settings.
     """
+    sharded = config.sharding == "fsdp"
+    if sharded and cpu:
+        raise ConfigError("preference.sharding: fsdp needs GPUs, and this computes on a CPU: set it to none")
     if config.batch % (workers * config.micro_batch):
         raise ConfigError(
             f"preference.batch ({config.batch}) must be a multiple of workers x micro_batch "
@@ -92,7 +95,7 @@ def train_dpo(
     policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
     trainer = PackedDPOTrainer(
         model=policy,
-        args=_arguments(config, seed, work, workers, cpu=cpu, checkpoints=checkpoints is not None),
+        args=_arguments(config, seed, work, workers, cpu=cpu, checkpoints=checkpoints is not None and not sharded),
         data_collator=Packer(config.max_length),
         train_dataset=Dataset.from_list(
             [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
@@ -113,7 +116,7 @@ def train_dpo(
     if not all(torch.isfinite(torch.tensor(row["loss"])) for row in history):
         raise StageError("the DPO loss is not finite; lower preference.learning_rate or use dtype float32")
     if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(target, selected_adapters=["default"], safe_serialization=True)
+        trainer.model.save_pretrained(target, selected_adapters=["default"], state_dict=after, safe_serialization=True)
     return DpoResult(
         pairs=len(pairs),
         steps=len(history),
@@ -152,7 +155,12 @@ def _lora(config: PreferenceConfig) -> LoraConfig:
 def _arguments(
     config: PreferenceConfig, seed: int, work: Path, workers: int, *, cpu: bool, checkpoints: bool = False
 ) -> DPOConfig:
+    sharding: dict[str, Any] = {}
+    if config.sharding == "fsdp":
+        # Version 2 shards each parameter by itself, so frozen ones and those of the adapter may lie in one block.
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     return DPOConfig(
+        **sharding,
         output_dir=str(work),
         beta=config.beta,
         max_steps=config.steps,

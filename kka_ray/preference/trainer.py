@@ -18,6 +18,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
@@ -83,7 +84,8 @@ class PackedDPOTrainer(DPOTrainer):
         return -F.logsigmoid(chosen - rejected).mean()
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
-        if any(line not in self._reference for line in batch["lines"]):
+        # Where the model is sharded each pass takes all workers, whose lines are known at different steps.
+        if self.is_fsdp_enabled or any(line not in self._reference for line in batch["lines"]):
             model = self.accelerator.unwrap_model(self.model)
             name = "ref" if "ref" in model.peft_config else None
             with torch.no_grad(), use_adapter(model, name), self.accelerator.autocast():
@@ -146,5 +148,6 @@ class PackedDPOTrainer(DPOTrainer):
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's trainable parameters, by name."""
-    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+    """Copies of a model's trainable parameters on the CPU, by name; of a sharded one whole, if all workers ask."""
+    parameters = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    return {k: (p.full_tensor() if isinstance(p, DTensor) else p).to("cpu", copy=True) for k, p in parameters.items()}

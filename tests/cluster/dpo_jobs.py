@@ -16,12 +16,13 @@ from kka_ray.store import Output, Store, stage_key
 
 def watched(arguments: dict[str, Any]) -> None:
     """A worker of a DPO job. Writes RANK.json into `arguments["reports"]`: the preferred lines of each micro-batch, as
-    tokens with their prompts, and the SHA-256 of the adapter that it ends with.
+    tokens with their prompts, the SHA-256 of the adapter that it ends with, and whether it holds a part of all weights.
 
     Where `arguments["mark"]` names a file that is not there, it is made with the first checkpoint, and the first worker
-    ends its process.
+    ends its process. A model is sharded on CPUs as it would be on GPUs.
     """
     from safetensors.torch import save
+    from torch.distributed.tensor import DTensor
 
     from kka_ray.preference import dpo
     from kka_ray.preference.trainer import trainable
@@ -44,11 +45,33 @@ def watched(arguments: dict[str, Any]) -> None:
         def train_on(self, folder: Path) -> None:
             super().train_on(folder)
             digest = hashlib.sha256(save(trainable(self.model))).hexdigest()
-            report = {"seen": seen, "adapter": digest}
+            sharded = all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+            report = {"seen": seen, "adapter": digest, "sharded": sharded}
             (Path(arguments["reports"]) / f"{number}.json").write_text(json.dumps(report))
 
     dpo.PackedDPOTrainer = Watched  # type: ignore[misc]
+    if arguments["config"].sharding == "fsdp":
+        _shard_on_cpus()
     train.dpo_worker(arguments)
+
+
+def _shard_on_cpus() -> None:
+    """Accelerate shards on GPUs alone, and so do our jobs; torch shards on CPUs too."""
+    import torch
+    from accelerate.state import AcceleratorState, DistributedType
+
+    from kka_ray.preference import dpo
+
+    made, arguments = AcceleratorState.__init__, dpo._arguments
+
+    def make(self: Any, *positional: Any, **named: Any) -> None:
+        made(self, *positional, **named)
+        if named.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, named["fsdp_plugin"]
+
+    AcceleratorState.__init__ = make  # type: ignore[method-assign]
+    train.device = lambda cluster: torch.device("cuda")
+    dpo._arguments = lambda *values, **named: arguments(*values, **{**named, "cpu": True})
 
 
 def run(

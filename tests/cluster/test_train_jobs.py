@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig, PreferenceConfig
@@ -43,3 +45,22 @@ def test_a_killed_dpo_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert found.json("result") == whole.json("result")
     assert found.read("adapter/adapter_model.safetensors") == whole.read("adapter/adapter_model.safetensors")
     assert not list((tmp_path / "store").glob("dpo/*/checkpoint"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_sharded_model_is_trained_as_a_whole_one_and_saved_whole(tmp_path: Path) -> None:
+    store, model = Store(str(tmp_path / "store")), save_model(tmp_path / "model")
+    config = PreferenceConfig(steps=6, batch=4, micro_batch=2, warmup=0, learning_rate=1e-2, workers=2)
+    cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=0)
+    whole, replicas = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
+    sharding = config.model_copy(update={"sharding": "fsdp"})
+    sharded, reports = dpo_jobs.run(store, tmp_path / "sharded", pairs(7), model, sharding, cluster)
+    assert [report["sharded"] for report in replicas + reports] == [False, False, True, True]
+    ours, theirs = ([row["loss"] for row in output.json("result")["history"]] for output in (whole, sharded))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < ours[0] - 0.02
+    wanted, found = (load(output.read("adapter/adapter_model.safetensors")) for output in (whole, sharded))
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+    assert all(torch.allclose(found[k], wanted[k], atol=1e-3) for k in wanted)
+    assert reports[0]["adapter"] == reports[1]["adapter"]

@@ -13,6 +13,15 @@ def test_a_batch_is_shared_out_whole(values: dict[str, int], remedy: str) -> Non
     assert PreferenceConfig(batch=12, workers=3, micro_batch=4).batch == 12
 
 
+@pytest.mark.parametrize(
+    ("values", "remedy"), [({}, "raise workers"), ({"workers": 2, "load_in_4bit": True}, "set load_in_4bit to false")]
+)
+def test_what_cannot_be_sharded_is_refused(values: dict[str, object], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        PreferenceConfig.model_validate({"sharding": "fsdp", **values})
+    assert PreferenceConfig(sharding="fsdp", workers=2).sharding == "fsdp"
+
+
 def test_a_pool_with_gpus_cannot_grow() -> None:
     with pytest.raises(ValidationError, match="set workers to the number wanted and leave max_workers out"):
         PoolConfig(workers=2, max_workers=3, gpus=0.5)
