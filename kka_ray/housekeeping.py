@@ -23,18 +23,18 @@ LEFTOVER_AGE = timedelta(days=1)
 State = Literal["used", "held", "unused", "leftover", "growing"]
 
 _KEY = re.compile(r"[0-9a-f]{24}")
-_ATTEMPT = re.compile(r"\.?(attempt-[0-9a-f]+)(\.json)?")
+_ATTEMPT = re.compile(r"\.?(attempt-[0-9a-f]+)(\.json)?|checkpoint")
 
 
 @dataclass(frozen=True)
 class Entry:
     """An output in the store, or what an attempt at one left behind.
 
-    key: of the output; of an attempt `KEY/attempt-...`.
+    key: of the output; of an attempt `KEY/attempt-...`, of a job's checkpoints `KEY/checkpoint`.
     size: bytes.
     state: `used` (a finished run refers to it, directly or by way of other outputs), `held` (no finished run does, but
-    an unfinished one might), `unused`, `leftover` (of an attempt that never committed or was superseded, a day old or
-    more), `growing` (of a younger one).
+    an unfinished one might), `unused`, `leftover` (of an attempt or a job that never committed or was superseded, a day
+    old or more), `growing` (of a younger one).
     runs: names of the runs that refer to it; of a held one, those that are not finished.
     """
 
@@ -215,14 +215,14 @@ def _attempts(store: Store) -> list[Entry]:
 
 
 def _attempt_folders(store: Store, stage: str, key: str) -> Iterator[tuple[str, int, datetime | None]]:
-    """(name, bytes, time of the newest file) of attempts at an output, but the committed one."""
+    """(name, bytes, time of the newest file) of attempts at an output, but the committed one, and of checkpoints."""
     committed = store.find(stage, key)
     keep = committed.marker["attempt"] if committed else None
     for path in store.filesystem.ls(store.path(stage, key), detail=False):
         name = path.rstrip("/").rsplit("/", 1)[-1]
         match = _ATTEMPT.fullmatch(name)
         # A marker that was not put in its place any more has the name of its attempt, and a dot.
-        if match and (match[1] != keep or name.startswith(".")):
+        if match and (match[1] is None or match[1] != keep or name.startswith(".")):
             files = store.filesystem.find(path) or [path]
             yield name, int(store.filesystem.du(path)), _newest(store, files)
 

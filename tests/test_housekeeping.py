@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.errors import DataError
 from kka_ray.housekeeping import collect, show_store
 from kka_ray.store import Attempt, Store
@@ -123,6 +124,20 @@ def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
     assert left == {("fit", key): "used", ("fit", f"{key}/{young.name}"): "growing"}
     assert store.find("fit", key).read("data") == b"0123456789"
     assert not Path(store.path("render", "a" * 24)).exists()
+
+
+def test_old_checkpoints_go_and_young_ones_stay(store, tmp_path):
+    for key in ("a" * 24, "b" * 24):
+        Checkpoints(store, "dpo", key).write("training", b"x" * 100)
+    _age(Path(store.path("dpo", "a" * 24)), 2 * 86400)
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {
+        ("dpo", f"{'a' * 24}/checkpoint"): "leftover",
+        ("dpo", f"{'b' * 24}/checkpoint"): "growing",
+    }
+    assert {e.size for e in inventory.entries} == {100}
+    assert Checkpoints(store, "dpo", "b" * 24).read("training") == b"x" * 100
+    assert not Path(store.path("dpo", "a" * 24)).exists()
 
 
 def test_an_unused_output_goes_with_its_old_attempts(store, tmp_path):
