@@ -621,6 +621,9 @@ class ClusterConfig(Strict):
     """The Ray cluster and the shares of it."""
 
     address: str | None = Field(None, description="None starts a local cluster; auto or ray://HOST:PORT joins one")
+    allow_unauthenticated: bool = Field(
+        False, description="join the cluster at `address` even if it asks for no token and runs anybody's code"
+    )
     mode: Literal["disjoint", "colocated"] = Field(
         "disjoint",
         description="disjoint: samplers, renderers and training have places of their own; colocated: they take turns",
