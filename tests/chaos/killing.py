@@ -70,7 +70,8 @@ def kill_driver(run: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def assert_all_end(processes: list[psutil.Process]) -> None:
     """Waits for processes to end. Raises AssertionError if some do not."""
-    _, alive = psutil.wait_procs(processes, timeout=60)
+    # Ray's agents try for 60 s to tell the head, which is gone, that their node is.
+    _, alive = psutil.wait_procs(processes, timeout=150)
     assert not alive, f"left behind: {alive}"
 
 
