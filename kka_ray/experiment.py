@@ -174,8 +174,9 @@ def warnings(config: RunConfig, prepared: Prepared) -> list[str]:
 
     if not config.render.pipeline.startswith("builtin:"):
         return []
-    weights = assets.resolve(config.render.pipeline).path
-    found = domain_warning(prepared.train.pooled, prepared.backbone.identity, weights, prepared.data.subject)
+    name = config.render.pipeline
+    weights = assets.resolve(name).path
+    found = domain_warning(prepared.train.pooled, prepared.backbone.identity, weights, name, prepared.data.subject)
     return [found] if found else []
 
 

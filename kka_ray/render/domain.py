@@ -71,10 +71,10 @@ def domain_distance(normals_pooled: np.ndarray, reference_pooled: np.ndarray) ->
     return float((np.median(outside) - middle) / spread)
 
 
-def domain_warning(normals_pooled: np.ndarray, backbone: str, folder: Path, subject: str) -> str | None:
-    """What to tell the user if the renderer in `folder` does not suit the normals; None if it does or cannot be told.
+def domain_warning(normals_pooled: np.ndarray, backbone: str, folder: Path, name: str, subject: str) -> str | None:
+    """What to tell the user if the renderer `name`, in `folder`, does not suit the normals; None if it does.
 
-    It cannot be told where the folder has no reference features (hub models). `backbone` is the identity of the
+    None as well where it cannot be told: hub models have no reference features. `backbone` is the identity of the
     backbone that made `normals_pooled`; with another one than the reference's the message says that nothing was
     compared.
     """
@@ -84,14 +84,14 @@ def domain_warning(normals_pooled: np.ndarray, backbone: str, folder: Path, subj
     pooled, made_by = reference
     if made_by != backbone:
         return (
-            f"the renderer {folder} was not checked against {subject}: its reference features are of another backbone. "
+            f"the renderer {name} was not checked against {subject}: its reference features are of another backbone. "
             "Use backbone.model=builtin:efficientnet-lite0 to have it checked"
         )
     distance = domain_distance(normals_pooled, pooled)
     if distance < THRESHOLD:
         return None
     return (
-        f"the renderer {folder} was trained on other images than {subject}: the normals lie {distance:.1f} MADs from "
+        f"the renderer {name} was trained on other images than {subject}: the normals lie {distance:.1f} MADs from "
         f"its training images, more than {THRESHOLD:.1f}, so its anomalies will be easy to tell whatever the text "
         "says. Name a general text-to-image model (render.pipeline=hub:ORG/NAME), edit the normals themselves "
         "(render.mode=img2img), or train a renderer on captioned images of the domain"

@@ -30,8 +30,8 @@ def test_distance_bears_with_a_few_strangers() -> None:
 
 def test_warning_says_what_to_do_outside_the_domain_only(tmp_path: Path) -> None:
     save_reference(tmp_path, features(400, 0, 0), "lite0")
-    assert domain_warning(features(50, 0, 1), "lite0", tmp_path, "flowers") is None
-    said = domain_warning(features(50, 5, 1), "lite0", tmp_path, "steel screws")
+    assert domain_warning(features(50, 0, 1), "lite0", tmp_path, "hub:x/y", "flowers") is None
+    said = domain_warning(features(50, 5, 1), "lite0", tmp_path, "hub:x/y", "steel screws")
     assert said is not None
     for part in ("steel screws", "hub:", "img2img", "train a renderer"):
         assert part in said
@@ -39,7 +39,7 @@ def test_warning_says_what_to_do_outside_the_domain_only(tmp_path: Path) -> None
 
 def test_another_backbone_is_not_compared(tmp_path: Path) -> None:
     save_reference(tmp_path, features(400, 0, 0), "lite0")
-    said = domain_warning(features(50, 5, 1)[:, :32], "other", tmp_path, "steel screws")
+    said = domain_warning(features(50, 5, 1)[:, :32], "other", tmp_path, "hub:x/y", "steel screws")
     assert said is not None
     assert "not checked" in said
     with pytest.raises(ValueError, match="different backbones"):
@@ -48,7 +48,7 @@ def test_another_backbone_is_not_compared(tmp_path: Path) -> None:
 
 def test_reference_is_small_and_read_back(tmp_path: Path) -> None:
     assert load_reference(tmp_path) is None
-    assert domain_warning(features(50, 5, 1), "lite0", tmp_path, "anything") is None
+    assert domain_warning(features(50, 5, 1), "lite0", tmp_path, "hub:x/y", "anything") is None
     save_reference(tmp_path, features(400, 0, 0), "lite0")
     loaded = load_reference(tmp_path)
     assert loaded is not None
