@@ -61,6 +61,9 @@ def real_data(result: Mapping[str, Any]) -> str:
     for name, case in result.items():
         said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
+        stalled = [str(number) for number, r in enumerate(case["rounds"]) if r["status"] != "ok"]
+        if stalled:
+            rates += f"; without preference training before round {' and '.join(stalled)}"
         parts.append(
             f"### {name}\n\n{case['normals']} normals, {case['test']['normals']} + {case['test']['anomalies']} test "
             f"images (normal + anomalous), budget {case['budget']}, {sum(case['kept'].values())} kept; hard rate by "
