@@ -22,7 +22,7 @@ from kka_ray.features.pixels import SIDE
 from kka_ray.store import Attempt, Output, Store
 
 FEATURES_VERSION = 3
-FLOWERS_VERSION = 2
+FLOWERS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,12 @@ def test_set(config: RunConfig, data: DataModule, store: Store) -> ImageSet | No
         drawn = data.test()
         assert drawn is not None
         attempt.table(_to_table(drawn))
+        attempt.json(dict(data.test_dropped), "dropped")
 
     inputs = {"data": config.data.model_dump(mode="json"), "seed": config.seed, "part": "test"}
-    return _from_table(store.get_or_make("flowers", FLOWERS_VERSION, inputs, make).table())
+    output = store.get_or_make("flowers", FLOWERS_VERSION, inputs, make)
+    data.test_dropped = output.json("dropped")
+    return _from_table(output.table())
 
 
 def _normals(config: RunConfig, data: DataModule, store: Store) -> Normals:

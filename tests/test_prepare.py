@@ -1,0 +1,24 @@
+"""What a run starts from, made or found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kka_ray.config.models import FlowersData, RunConfig
+from kka_ray.data import open_data
+from kka_ray.prepare import test_set as read_test_set
+from kka_ray.store import Store
+
+
+def test_a_test_set_that_is_found_tells_as_much_as_one_that_is_drawn(tmp_path: Path) -> None:
+    data = FlowersData(kind="flowers", normals=20, test_normals=4, test_anomalies=4)
+    config, store = RunConfig(name="x", data=data), Store(str(tmp_path))
+    drawn, found = open_data(data, 0), open_data(data, 0)
+    first, second = read_test_set(config, drawn, store), read_test_set(config, found, store)
+    assert first is not None
+    assert second is not None
+    assert first.identity() == second.identity()
+    np.testing.assert_array_equal(first.anomalous, second.anomalous)
+    assert dict(drawn.test_dropped) == dict(found.test_dropped) == {"duplicate": 0}
