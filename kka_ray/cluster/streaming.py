@@ -104,6 +104,13 @@ class Pools:
             self.renderers.stop()
 
 
+def sampler_libraries(config: RunConfig) -> dict[str, Any]:
+    """The libraries of the samplers' own, for the keys of what they make: those that are here, or those that Ray is to
+    install for their processes alone. Raises ConfigError if vLLM is asked for and neither here nor to be installed."""
+    installed = config.cluster.samplers.runtime_env.pip
+    return {"pip": list(installed)} if installed else engine_versions(config.describe.sampler)
+
+
 class Streamer:
     """The guard between samplers and renderers, and what goes to either."""
 
@@ -112,7 +119,7 @@ class Streamer:
         self.normals = Drawn()
         """The normal captions that were drawn, once a round has run after `submit_normals`."""
         self.sampler_identity = model_identity(config.describe.sampler)
-        self._sampler_versions = versions.computing() | engine_versions(config.describe.sampler)
+        self._sampler_versions = versions.computing() | sampler_libraries(config)
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
         self._samplers, self._renderers, self._turns = pools.samplers, pools.renderers, pools.turns
         self._later: list[tuple[int, RenderTask]] = []
