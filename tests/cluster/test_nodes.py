@@ -16,8 +16,6 @@ from kka_ray.errors import ResourceError, StageError
 from tests.cluster import fakes
 from tests.logical_cluster import assert_nothing_is_left, logical_cluster
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:

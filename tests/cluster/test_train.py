@@ -11,7 +11,6 @@ from tests.cluster import dpo_jobs
 MODEL = "builtin:smollm2-135m-instruct"
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-in models are missing: run `kka setup`"),
     pytest.mark.usefixtures("local_ray"),
 ]
