@@ -90,17 +90,17 @@ HOOK = """
 import sys
 
 def hook(event, arguments):
-    if event == "open" and {part!r} in str(arguments[0]):
+    if event == "open" and {part!r} in str(arguments[0]) and {mode!r} in str(arguments[1]):
         raise {error}
 
 sys.addaudithook(hook)
 """
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path, part: str, error: str) -> None:
-    """In processes that are started from now on, opening a file whose path holds `part` raises."""
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path, part: str, mode: str, error: str) -> None:
+    """In processes that are started from now on, opening a file whose path holds `part` in a mode such as r raises."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HOOK.format(part=part, error=error))
+    (folder / "sitecustomize.py").write_text(HOOK.format(part=part, mode=mode, error=error))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
@@ -109,7 +109,7 @@ def test_test_images_are_opened_by_the_final_evaluation_alone(tmp_path: Path, mo
     write(tmp_path / "images" / "train" / "good", 40, 0)
     write(tmp_path / "images" / "test" / "good", 4, 1)
     write(tmp_path / "images" / "test" / "broken", 4, 2)
-    forbid(monkeypatch, tmp_path / "hook", "/images/test/", "PermissionError('a test image is opened')")
+    forbid(monkeypatch, tmp_path / "hook", "/images/test/", "r", "PermissionError('a test image is opened')")
     output = fails(tmp_path / "work", *on_folder(tmp_path / "images"), "loop.rounds=0")
     assert "no normal test image is left, after 8 that cannot be used" in " ".join(output.split())
     fits = list((tmp_path / "work" / "runs" / "store").glob("fit/*/committed.json"))
@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_the_same_command_finishes_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     with monkeypatch.context() as full:
-        forbid(full, tmp_path / "hook", part, "OSError(28, 'No space left on device')")
+        forbid(full, tmp_path / "hook", part, "w", "OSError(28, 'No space left on device')")
         output = " ".join(fails(tmp_path / "work").split())
     assert "No space left on device" in output
     assert "Free some room" in output
