@@ -55,6 +55,18 @@ def demo(result: Mapping[str, Any]) -> str:
     return head + _table(rows) + "\nAUC on the test images:\n\n" + _detectors(result["auc"])
 
 
+def ceiling(result: Mapping[str, Any]) -> str:
+    """Detectors by the number of anomalies."""
+    rows = result["rows"]
+    counts = sorted({row["count"] for row in rows})
+    table = [["detector", *(f"{n} anomalies" if n else "normals only" for n in counts)]]
+    for detector in _distinct(rows, "detector"):
+        own = [row for row in rows if row["detector"] == detector]
+        table.append([detector, *(_spread([r["auc"] for r in own if r["count"] == n]) for n in counts)])
+    seeds, budget = len({row["seed"] for row in rows}), rows[0]["budget"]
+    return f"{seeds} seeds. The demo keeps {budget} images.\n\n{_table(table)}"
+
+
 def real_data(result: Mapping[str, Any]) -> str:
     """A case after the other."""
     parts = []
@@ -214,6 +226,7 @@ def chaos(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "renderer": renderer,
     "demo": demo,
+    "ceiling": ceiling,
     "real_data": real_data,
     "detectors": detectors,
     "detector_speed": detector_speed,

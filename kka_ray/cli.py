@@ -33,6 +33,7 @@ errors = Console(stderr=True)
 Override = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="section.key=value, read as YAML; may be given again")
 ]
+RunFolder = Annotated[str, typer.Argument(help="the run's folder, as runs/demo; or a URI")]
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/")]
 EngineOption = Annotated[Engine, typer.Option(help="what runs the backbone: torch, or ONNX Runtime on the CPU")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's and the workers' own logs")]
@@ -75,13 +76,15 @@ def plan(config: ConfigFile, override: Override = None) -> None:
 
 
 @app.command()
-def resume(
-    folder: Annotated[Path, typer.Argument(help="the run's folder, as runs/demo")], verbose: Verbose = False
-) -> None:
+def resume(folder: RunFolder, verbose: Verbose = False) -> None:
     """Finishes an interrupted run from its folder."""
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
-    _run(load(folder / "config.yaml", RunConfig), verbose)
+    from kka_ray.places import opened
+
+    with opened(folder, "config.yaml") as place:
+        if not (place.here / "config.yaml").is_file():
+            raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
+        config = load(place.here / "config.yaml", RunConfig)
+    _run(config, verbose)
 
 
 @app.command()
@@ -134,17 +137,21 @@ def submit(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="the run's folder")]) -> None:
+def report(folder: RunFolder) -> None:
     """Writes the report of a finished run anew."""
+    from kka_ray.places import below, opened
     from kka_ray.report import write_report
 
-    console.print(f"report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    with opened(folder) as place:
+        written = write_report(place.here)
+        place.keep()
+    console.print(f"report: {below(folder, written.name)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def score(
     images: Annotated[Path, typer.Argument(help="an image, or a folder of images")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="the run's folder, or its detector folder")],
+    model: Annotated[str, typer.Option("--model", "-m", help="the run's folder, its detector folder, or a URI")],
     output: Annotated[
         Path, typer.Option("--output", help="folder for scores.csv, heatmaps and the contact sheet")
     ] = Path("scores"),
@@ -164,7 +171,7 @@ def score(
 
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Argument(help="the run's folder, or its detector folder")],
+    run: Annotated[str, typer.Argument(help="the run's folder, its detector folder, or a URI")],
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="copies of the detector")] = 1,
@@ -179,7 +186,7 @@ def serve(
 
 @app.command()
 def onnx(
-    model: Annotated[Path, typer.Argument(help="the run's folder, or its detector folder")],
+    model: Annotated[str, typer.Argument(help="the run's folder, its detector folder, or a URI")],
     file: Annotated[Path, typer.Argument(help="the .onnx file to write")],
 ) -> None:
     """Writes a run's detector with its backbone as one ONNX model: images in, scores out."""
@@ -220,14 +227,15 @@ def doctor(
 
 @app.command()
 def gc(
-    output: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs"),
+    output: Annotated[str, typer.Option(help="folder of the runs, or a URI")] = "runs",
     store: Annotated[str | None, typer.Option(help="the store's URI; by default OUTPUT/store")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="delete what no run refers to")] = False,
 ) -> None:
     """Lists what the store holds, and drops what no run refers to."""
     from kka_ray.housekeeping import collect, show_store
+    from kka_ray.places import below
 
-    show_store(collect(output, store or str(output / "store"), delete=delete), console, deleted=delete)
+    show_store(collect(output, store or below(output, "store"), delete=delete), console, deleted=delete)
 
 
 @app.command()

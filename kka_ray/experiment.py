@@ -19,19 +19,20 @@ import pyarrow.parquet as pq
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from kka_ray import assets, tracking, versions
+from kka_ray import assets, places, tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
 from kka_ray.config import config_hash, dump, load
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
-from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.detectors.tuned import Scores, TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.base import Features
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, Round
+from kka_ray.places import Place
 from kka_ray.prepare import Prepared, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
 from kka_ray.store import Store
@@ -41,9 +42,9 @@ _NEEDED_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its folder and its summary."""
+    """A finished run: its folder, a path or a URI, and its summary."""
 
-    folder: Path
+    folder: str
     summary: dict[str, Any]
 
 
@@ -60,12 +61,26 @@ def run(
     `say` hears of what a user should read at once (warnings). `parent` is an MLflow run that this one belongs to.
     Raises KkaError for what a user can mend.
     """
-    started = time.perf_counter()
     # Of what was written: the hash is not to change with the folder that relative paths begin at.
     hash_ = config_hash(config)
     config = absolute(config)
-    folder = Path(config.output) / config.name
-    hash_ = claim(folder, config, hash_)
+    with places.opened(places.below(config.output, config.name), "config.yaml", "config_hash") as place:
+        summary = _run(config, hash_, place, progress, say, verbose=verbose, parent=parent)
+        return Finished(place.name, summary)
+
+
+def _run(
+    config: RunConfig,
+    hash_: str,
+    place: Place,
+    progress: Progress,
+    say: Callable[[str], None],
+    *,
+    verbose: bool,
+    parent: str | None,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
     with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads), ExitStack() as stack:
@@ -80,28 +95,31 @@ def run(
             loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
             result = loop.run()
         evaluation = evaluate(config, store, prepared, result, progress, loop.take_ahead)
-    tuned = headline_detector(config, store, prepared, evaluation)
-    summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
-    summary["drawn_normals"] = artefacts(tuned, prepared.validation, unseen_drawn_normals(config, result))
+        tuned = headline_detector(config, store, prepared, evaluation)
+        validation = tuned.score(prepared.validation)
+        summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
+        summary["drawn_normals"] = artefacts(tuned, validation, unseen_drawn_normals(config, result))
     summary["threshold"] = tuned.calibration.threshold
-    summary["validation_flagged"] = float(tuned.score(prepared.validation).anomalous.mean())
-    for notice in skipped(prepared, folder):
+    summary["validation_flagged"] = float(validation.anomalous.mean())
+    for notice in skipped(prepared, place.name):
         say(notice)
 
     from kka_ray.report import write_report
 
-    with writing(folder):
-        _write_records(folder / "records", prepared, result, evaluation, tuned)
+    folder = place.here
+    with writing(place.name):
+        _write_records(folder / "records", prepared, result, evaluation, validation)
         tuned.save(folder / "detector")
         write_json(folder / "references.json", sorted(store.used))
         summary["wall_seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "summary.json", summary)
         write_report(folder)
+    place.keep("references.json", "summary.json")
     tracking.log_run(config, summary, folder, parent)
-    return Finished(folder, summary)
+    return summary
 
 
-def claim(folder: Path, config: RunConfig, hash_: str) -> str:
+def claim(place: Place, config: RunConfig, hash_: str) -> str:
     """Makes the run's folder and writes its configuration, whose paths are absolute, and the hash `hash_`.
 
     Returns the hash that the run has: the one it was first begun with, as a run that is gone on with from its folder
@@ -109,17 +127,18 @@ def claim(folder: Path, config: RunConfig, hash_: str) -> str:
     store. What an earlier end of it refers to goes: until the next end it may refer to anything in the store. Raises
     ConfigError if a run with other results lives there, ResourceError if the folder cannot be written.
     """
-    file, hashed = folder / "config.yaml", folder / "config_hash"
+    file, hashed = place.here / "config.yaml", place.here / "config_hash"
     if file.is_file():
-        _check_same(file, config)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_same(place, config)
+    with writing(place.name):
+        place.here.mkdir(parents=True, exist_ok=True)
         if file.is_file() and hashed.is_file():
             hash_ = hashed.read_text().strip()
         else:
             write_text(hashed, hash_ + "\n")
         write_text(file, dump(config))
-        (folder / "references.json").unlink(missing_ok=True)
+        place.remove("references.json")
+    place.keep()
     return hash_
 
 
@@ -136,7 +155,7 @@ def computing(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: str) -> Iterator[None]:
     """What is written into a run's folder within the block fails as ResourceError, as on a full disk."""
     try:
         yield
@@ -147,18 +166,18 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_same(file: Path, config: RunConfig) -> None:
-    """Raises ConfigError unless the configuration in the file is one that has the same results."""
+def _check_same(place: Place, config: RunConfig) -> None:
+    """Raises ConfigError unless the configuration of the run there is one that has the same results."""
     remedy = (
         "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
     )
     try:
-        there, ours = _deciding(absolute(load(file, RunConfig))), _deciding(config)
+        there, ours = _deciding(absolute(load(place.here / "config.yaml", RunConfig))), _deciding(config)
     except ConfigError as error:
-        raise ConfigError(f"{file.parent} holds a run that cannot be gone on with. {remedy}.\n{error}") from error
+        raise ConfigError(f"{place.name} holds a run that cannot be gone on with. {remedy}.\n{error}") from error
     differing = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
     if differing:
-        raise ConfigError(f"{file.parent} holds a run with another configuration ({', '.join(differing)}). {remedy}")
+        raise ConfigError(f"{place.name} holds a run with another configuration ({', '.join(differing)}). {remedy}")
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
@@ -237,7 +256,7 @@ def api_usage(result: LoopResult, sampler: ApiSampler) -> dict[str, float]:
     return {**usage, "cost": cost(usage, sampler)}
 
 
-def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> dict[str, Any]:
+def artefacts(tuned: TunedDetector, validation: Scores, drawn: Features) -> dict[str, Any]:
     """How the detector that is served takes normal captions that were drawn: it should take them for normal.
 
     `flagged`: the share of them called anomalous. `auc`: of them against the validation normals, 0.5 where being drawn
@@ -247,7 +266,7 @@ def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> di
         return {"count": 0}
     scores = tuned.score(drawn)
     truth = np.r_[np.zeros(len(validation), bool), np.ones(len(drawn), bool)]
-    both = np.r_[tuned.score(validation).score, scores.score]
+    both = np.r_[validation.score, scores.score]
     return {
         "count": len(drawn),
         "flagged": float(scores.anomalous.mean()),
@@ -255,7 +274,7 @@ def artefacts(tuned: TunedDetector, validation: Features, drawn: Features) -> di
     }
 
 
-def skipped(prepared: Prepared, folder: Path) -> list[str]:
+def skipped(prepared: Prepared, folder: str) -> list[str]:
     """What a user should read of files that could not be used."""
     files = prepared.data.skipped
     if not files:
@@ -263,7 +282,7 @@ def skipped(prepared: Prepared, folder: Path) -> list[str]:
     name, reason = files[0]
     return [
         f"{len(files)} files could not be used and are left out, the first of them {name} ({reason}); "
-        f"{folder / 'records' / 'skipped.parquet'} lists them"
+        f"{places.below(folder, 'records/skipped.parquet')} lists them"
     ]
 
 
@@ -298,9 +317,9 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
 
 
 def _write_records(
-    folder: Path, prepared: Prepared, result: LoopResult, evaluation: Evaluation, tuned: TunedDetector
+    folder: Path, prepared: Prepared, result: LoopResult, evaluation: Evaluation, scores: Scores
 ) -> None:
-    """Everything that the report shows, as Parquet tables that pandas reads."""
+    """Everything that the report shows, as Parquet tables that pandas reads. `scores` are the validation normals'."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / "descriptions", to_table(Description, [d for r in result.rounds for d in r.descriptions]))
     drawn = [x for r in result.rounds for x in r.drawn.renderings]
@@ -326,7 +345,6 @@ def _write_records(
     _write_table(folder / "dpo", pa.Table.from_pylist(history))
     _write_table(folder / "evaluation", pa.Table.from_pylist(evaluation.to_json()))
     images = prepared.normals.validation
-    scores = tuned.score(prepared.validation)
     most = review(images, scores.score, 24)
     names, reasons = zip(*prepared.data.skipped, strict=True) if prepared.data.skipped else ((), ())
     _write_table(
@@ -349,13 +367,8 @@ def _write_records(
 def absolute(config: RunConfig) -> RunConfig:
     """Every relative path made absolute: the current folder of workers and trials is another.
 
-    `data.captions` stays as it is, being relative to `data.path`. Raises ConfigError if `output` is a URI.
+    `data.captions` stays as it is, being relative to `data.path`.
     """
-    if "://" in config.output:
-        raise ConfigError(
-            f"output is {config.output!r}, but runs are written into a folder: name one, as in -o output=/shared/kka. "
-            "What takes room can lie elsewhere, as in -o store.uri=s3://BUCKET/kka"
-        )
     data, sampler, outside = config.data, config.describe.sampler, config.detect.outside
     if not isinstance(data, FlowersData):
         data = data.model_copy(update={"path": _from_root(data.path)})
@@ -368,15 +381,15 @@ def absolute(config: RunConfig) -> RunConfig:
         "render": {"pipeline": assets.absolute(config.render.pipeline)},
         "detect": {"outside": outside and _from_root(outside)},
         "tracking": {"uri": config.tracking.uri and _database(config.tracking.uri)},
-        "store": {"uri": uri if "://" in uri else _from_root(uri)},
+        "store": {"uri": _from_root(uri)},
     }
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changed.items()}
     return config.model_copy(update={**sections, "data": data, "output": _from_root(config.output)})
 
 
 def _from_root(path: str) -> str:
-    """A relative path made absolute. An absolute one stays: on another node its links may lead elsewhere."""
-    return path if Path(path).is_absolute() else str(Path(path).resolve())
+    """A relative path made absolute. A URI stays, and so does an absolute path: its links may lead elsewhere there."""
+    return path if places.is_uri(path) or Path(path).is_absolute() else str(Path(path).resolve())
 
 
 def _database(uri: str) -> str:

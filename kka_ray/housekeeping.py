@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from kka_ray import places
 from kka_ray.errors import DataError
 from kka_ray.store import Output, Store
 
@@ -22,6 +23,7 @@ LEFTOVER_AGE = timedelta(days=1)
 
 State = Literal["used", "held", "unused", "leftover", "growing"]
 
+_OF_RUNS = ("config.yaml", "sweep.yaml", "references.json")
 _KEY = re.compile(r"[0-9a-f]{24}")
 _ATTEMPT = re.compile(r"\.?(attempt-[0-9a-f]+)(\.json)?|checkpoint")
 
@@ -55,11 +57,11 @@ class Inventory:
     """What the store at `store_uri` holds, by stage and key, seen from the runs in the folder `output`."""
 
     entries: list[Entry]
-    output: Path
+    output: str
     store_uri: str
 
 
-def collect(output: Path, store_uri: str, delete: bool) -> Inventory:
+def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     """Everything in the store at `store_uri`; `delete` removes what is unused and leftovers.
 
     A run is a folder below `output` with `config.yaml` or `references.json`, a sweep one with `sweep.yaml`. As long as
@@ -69,11 +71,12 @@ def collect(output: Path, store_uri: str, delete: bool) -> Inventory:
     Raises DataError if there is no folder `output`, or if something is to be deleted and there is no run in it while
     the store lies elsewhere: that is more likely a wrong folder than a store that nobody wants.
     """
-    if not output.is_dir():
-        raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
     store = Store(store_uri)
-    inside = store.is_local and Path(store.root).resolve().is_relative_to(output.resolve())
-    runs = dict(_runs(output, Path(store.root).resolve() if store.is_local else None))
+    with places.opened(output, *_OF_RUNS) as place:
+        if not place.here.is_dir():
+            raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
+        inside = _is_inside(store, output)
+        runs = dict(_runs(place.here, Path(store.root).resolve() if store.is_local else None))
     if delete and not runs and not inside:
         raise DataError(
             f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
@@ -87,7 +90,13 @@ def collect(output: Path, store_uri: str, delete: bool) -> Inventory:
         for entry in entries:
             if entry.state == "leftover":
                 _remove_attempt(store, entry)
-    return Inventory(sorted(entries, key=lambda e: (e.stage, e.key)), output, store_uri)
+    return Inventory(sorted(entries, key=lambda e: (e.stage, e.key)), str(output), store_uri)
+
+
+def _is_inside(store: Store, output: str | Path) -> bool:
+    if places.is_uri(output):
+        return store.uri.startswith(f"{str(output).rstrip('/')}/")
+    return store.is_local and Path(store.root).resolve().is_relative_to(Path(output).resolve())
 
 
 def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
@@ -117,7 +126,7 @@ def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
     if deleted:
         console.print(f"deleted {len(removable)} entries, {size}", highlight=False)
     elif removable:
-        command = ["kka", "gc", "--output", str(inventory.output), "--store", inventory.store_uri, "--delete"]
+        command = ["kka", "gc", "--output", inventory.output, "--store", inventory.store_uri, "--delete"]
         text = f"{len(removable)} entries, {size}, can go: `{shlex.join(command)}`"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
@@ -142,8 +151,7 @@ def _totals(entries: Sequence[Entry]) -> list[str]:
 
 def _runs(output: Path, store: Path | None) -> Iterator[tuple[str, set[tuple[str, str]] | None]]:
     """Each run's name with the (stage, key) it refers to, None if it is not finished."""
-    names = ("config.yaml", "sweep.yaml", "references.json")
-    folders = {file.parent for name in names for file in output.rglob(name)}
+    folders = {file.parent for name in _OF_RUNS for file in output.rglob(name)}
     for folder in sorted(folders):
         if store is not None and folder.resolve().is_relative_to(store):
             continue

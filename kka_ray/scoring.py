@@ -6,6 +6,7 @@ import csv
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kka_ray import places
 from kka_ray.config.models import Engine
 from kka_ray.data.decode import MAX_PIXELS, decode, encode_png
 from kka_ray.data.folder import SUFFIXES
@@ -67,21 +69,28 @@ def verdict(anomalous: bool) -> str:
     return "anomalous" if anomalous else "normal"
 
 
-def detector_folder(model: Path) -> Path:
-    """The detector folder of a run's folder, or `model` itself if it is one. Raises AssetError if there is none."""
-    for folder in (model / "detector", model):
-        if (folder / "detector.json").is_file():
-            return folder
-    if (model / "config.yaml").is_file():
-        raise AssetError(f"the run {model} has no detector yet; finish it with `kka resume {model}`")
-    what = "holds no detector" if model.is_dir() else "is no folder"
-    raise AssetError(f"{model} {what}; name the folder of a finished run, or its detector/ folder")
+@contextmanager
+def detector_folder(model: str | Path) -> Iterator[Path]:
+    """The detector folder of a run's folder, or `model` itself if it is one; of a URI a copy within the block.
+
+    Raises AssetError if there is none.
+    """
+    with places.opened(model, *places.DETECTOR_FILES) as place:
+        for folder in (place.here / "detector", place.here):
+            if (folder / "detector.json").is_file():
+                yield folder
+                return
+        if (place.here / "config.yaml").is_file():
+            raise AssetError(f"the run {model} has no detector yet; finish it with `kka resume {model}`")
+        what = "holds no detector" if place.here.is_dir() else "is no folder"
+        raise AssetError(f"{model} {what}; name the folder of a finished run, or its detector/ folder")
 
 
-def load_detector(model: Path, device: str = "cpu", engine: Engine = "torch") -> TunedDetector:
-    """The detector of a run's folder, or in a detector folder. Raises AssetError if there is none, ConfigError if the
-    engine cannot run."""
-    return TunedDetector.load(detector_folder(model), device=device, engine=engine)
+def load_detector(model: str | Path, device: str = "cpu", engine: Engine = "torch") -> TunedDetector:
+    """The detector of a run's folder, or in a detector folder, which may be a URI. Raises AssetError if there is none,
+    ConfigError if the engine cannot run."""
+    with detector_folder(model) as folder:
+        return TunedDetector.load(folder, device=device, engine=engine)
 
 
 def judge(tuned: TunedDetector, images: Sequence[np.ndarray], heat: bool) -> tuple[Scores, np.ndarray | None]:
@@ -112,7 +121,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def score_folder(
-    images: Path, model: Path, output: Path, *, heatmaps: bool, console: Console, engine: Engine = "torch"
+    images: Path, model: str | Path, output: Path, *, heatmaps: bool, console: Console, engine: Engine = "torch"
 ) -> ScoreResult:
     """Scores an image, or every image below a folder, with a run's detector.
 

@@ -28,6 +28,7 @@ from kka_ray.config import RunConfig, load
 from kka_ray.config.models import FlowersData
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
+from kka_ray.places import is_uri
 
 EXCLUDES = (
     "/data/",
@@ -121,13 +122,12 @@ def entry(wanted: Submission, *, here: bool) -> str:
         config, prefix = load_sweep(file, wanted.overrides).base, "run."
     overrides = list(wanted.overrides)
     for name, value in (("output", config.output), ("store.uri", config.store.uri)):
-        elsewhere = name == "store.uri" and "://" in value
-        if elsewhere or Path(value).is_absolute():
+        if is_uri(value) or Path(value).is_absolute():
             continue
-        if not here or "://" in value:
+        if not here:
             raise ConfigError(
                 f"{name} is {value!r}, which a job would write into its upload, a temporary folder of the cluster. "
-                f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka"
+                f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka, or a URI"
             )
         overrides.append(f"{prefix}{name}={Path(value).resolve()}")
     if here and not isinstance(config.data, FlowersData) and not Path(config.data.path).is_absolute():

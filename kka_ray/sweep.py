@@ -26,7 +26,7 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
-from kka_ray import tracking
+from kka_ray import places, tracking
 from kka_ray.cluster import leases
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
@@ -37,9 +37,10 @@ from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, StageError
 from kka_ray.experiment import absolute, computing
 from kka_ray.experiment import run as run_experiment
-from kka_ray.files import write_json
+from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress
 from kka_ray.objective import Reference, make_reference, validation_auc
+from kka_ray.places import Place
 from kka_ray.prepare import prepare
 from kka_ray.store import Store
 
@@ -72,7 +73,8 @@ class Outcome:
 class SweepResult:
     """A finished sweep. `champion` is the summary of the best configuration's own run, where that was asked for."""
 
-    folder: Path
+    folder: str
+    """A path or a URI."""
     outcomes: list[Outcome]
     best: Outcome
     reference: tuple[str, ...]
@@ -100,12 +102,25 @@ def run(
     A failed trial is a row with its error; the others go on. Raises StageError if every trial failed, and KkaError for
     what a user can mend.
     """
-    started = time.perf_counter()
     base = absolute(sweep.base)
-    folder = Path(base.output) / sweep.config.name
-    _claim(folder, sweep.config)
+    with places.opened(places.below(base.output, sweep.config.name), "config.yaml", "sweep.yaml") as place:
+        return _run(sweep, base, place, progress, say, note, verbose=verbose)
+
+
+def _run(
+    sweep: Sweep,
+    base: RunConfig,
+    place: Place,
+    progress: Progress,
+    say: Callable[[str], None],
+    note: Callable[[str], None],
+    *,
+    verbose: bool,
+) -> SweepResult:
+    started = time.perf_counter()
+    _claim(place, sweep.config)
     store = Store(base.store.uri)
-    uri = base.tracking.uri or tracking.default_uri(Path(base.output))
+    uri = tracking.tracking_uri(base)
     with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
         sweep_plan(base, sweep.config.concurrency).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
@@ -119,20 +134,20 @@ def run(
         job = _Job(trials, reference, uri, base.tracking.experiment, parent)
         try:
             outcomes = run_trials(run_trial, job, sweep, note)
-            result = SweepResult(folder, outcomes, best_of(outcomes), reference.ids, None, _since(started))
+            result = SweepResult(place.name, outcomes, best_of(outcomes), reference.ids, None, _since(started))
             # As it was written: its name is not to change with the folder that the sweep is started in.
             chosen = champion_config(sweep, sweep.trials[result.best.number])
-            _write(result, sweep, chosen)
+            _write(place, result, sweep, chosen)
             if sweep.config.champion_evaluation:
                 champion = run_experiment(chosen, progress, say, verbose=verbose, parent=parent).summary
                 result = replace(result, champion=champion, wall_seconds=_since(started))
-                _write(result, sweep, chosen)
+                _write(place, result, sweep, chosen)
         except BaseException:
             tracking.end_run(uri, parent, {}, failed=True)
             raise
         del ledger
     metrics = {sweep.config.objective: result.best.objective or 0.0, "seconds": result.wall_seconds}
-    tracking.end_run(uri, parent, metrics, artifacts=[folder / "sweep.json", folder / "best.yaml"])
+    tracking.end_run(uri, parent, metrics, artifacts=[place.here / "sweep.json", place.here / "best.yaml"])
     return result
 
 
@@ -146,7 +161,7 @@ def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
         tuple(
             Phase(
                 f"{concurrency} trials, {train.name}",
-                tuple(replace(s, processes=s.processes * concurrency) for s in (*held, train)),
+                tuple(replace(s, processes=s.processes * concurrency, most=0) for s in (*held, train)),
             )
             for train in sorted(trains, key=lambda s: s.name)
         )
@@ -318,7 +333,7 @@ def show(result: SweepResult, sweep: Sweep, console: Console) -> None:
         auc = {arm: f"{s['mean']:.4f}" for arm, s in result.champion["auc"].items() if s}
         arms = ", ".join(f"{arm} {value}" for arm, value in auc.items())
         console.print(f"its test AUC ({result.champion['detector']}): {arms}", highlight=False)
-    console.print(f"results: {result.folder / 'sweep.json'}", highlight=False, soft_wrap=True)
+    console.print(f"results: {places.below(result.folder, 'sweep.json')}", highlight=False, soft_wrap=True)
 
 
 class _Notes(tune.Callback):
@@ -370,23 +385,25 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _claim(folder: Path, config: SweepConfig) -> None:
+def _claim(place: Place, config: SweepConfig) -> None:
     """Makes the sweep's folder and writes its configuration. Raises ConfigError if a run lives there.
 
     What an earlier end of the sweep refers to goes: until the next end it may refer to anything in the store.
     """
-    if (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds a run; give the sweep another name (-o name=NAME)")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.yaml").write_text(dump(config))
-    (folder / "references.json").unlink(missing_ok=True)
+    if (place.here / "config.yaml").is_file():
+        raise ConfigError(f"{place.name} holds a run; give the sweep another name (-o name=NAME)")
+    place.here.mkdir(parents=True, exist_ok=True)
+    write_text(place.here / "sweep.yaml", dump(config))
+    place.remove("references.json")
+    place.keep()
 
 
-def _write(result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:
+def _write(place: Place, result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:
     """The results, the best configuration, and what the trials hold in the store, so that housekeeping spares it."""
-    write_json(result.folder / "sweep.json", to_json(result, sweep))
-    (result.folder / "best.yaml").write_text(dump(chosen))
-    write_json(result.folder / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
+    write_json(place.here / "sweep.json", to_json(result, sweep))
+    write_text(place.here / "best.yaml", dump(chosen))
+    write_json(place.here / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
+    place.keep("references.json")
 
 
 def _since(started: float) -> float:

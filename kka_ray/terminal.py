@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kka_ray import places
 from kka_ray.report.wording import ARMS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> None:
+def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None:
     """The tables at the end of a run, and where the report is."""
     console.print(_rounds(summary))
     if summary["auc"]["baseline"] is not None or summary["auc"]["kka"] is not None:
@@ -146,7 +146,7 @@ def show_summary(folder: Path, summary: dict[str, Any], console: Console) -> Non
         f"loop); {summary['wall_seconds']:.0f} s",
         highlight=False,
     )
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {places.below(folder, 'report.html')}", highlight=False, soft_wrap=True)
 
 
 def _signed(value: float | None) -> str:

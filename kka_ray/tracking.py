@@ -18,6 +18,11 @@ def default_uri(output: Path) -> str:
     return f"sqlite:///{output.resolve() / 'mlflow.db'}"
 
 
+def tracking_uri(config: RunConfig) -> str:
+    """Where the results of a run are tracked."""
+    return config.tracking.uri or default_uri(Path(config.output))
+
+
 def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None = None) -> str:
     """Writes a finished run and its rounds; returns the id of the MLflow run.
 
@@ -27,10 +32,8 @@ def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent:
     # Imported late: it takes seconds.
     from mlflow import MlflowClient
 
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(config.tracking.uri or default_uri(output))
-    experiment = _experiment(client, config.tracking.experiment, None if config.tracking.uri else output)
+    client = MlflowClient(tracking_uri(config))
+    experiment = _experiment(client, config.tracking.experiment, None if config.tracking.uri else Path(config.output))
     tags = {"mlflow.runName": config.name, "kka.config_hash": str(summary["config_hash"])}
     if parent:
         tags["mlflow.parentRunId"] = parent

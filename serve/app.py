@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray.serve import Application
@@ -27,5 +26,5 @@ def build(args: dict[str, Any]) -> Application:
     if {"host", "port"} & values.keys():
         raise ConfigError("host and port belong to the cluster: set http_options in serve/config.yaml")
     config = parse(values, ServeConfig, "the application's arguments")
-    token_digest, _ = make_digest(Path(run))
-    return build_application(Path(run), config, token_digest)
+    token_digest, _ = make_digest(run)
+    return build_application(run, config, token_digest)

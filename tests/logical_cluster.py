@@ -43,12 +43,12 @@ def assert_nothing_is_left() -> None:
 
     Gives Ray a minute to clear up.
     """
-    _wait_for(lambda: not _living_actors(), lambda: f"actors are left: {_living_actors()}")
-    _wait_for(
+    wait_for(lambda: not _living_actors(), lambda: f"actors are left: {_living_actors()}")
+    wait_for(
         lambda: all(g["state"] == "REMOVED" for g in placement_group_table().values()),
         lambda: f"placement groups are left: {placement_group_table()}",
     )
-    _wait_for(
+    wait_for(
         lambda: all(ray.available_resources().get(k) == v for k, v in ray.cluster_resources().items() if k in _COUNTED),
         lambda: f"free: {ray.available_resources()} of {ray.cluster_resources()}",
     )
@@ -59,7 +59,8 @@ def _living_actors() -> list[str]:
     return [name for name in living if name not in _OF_RAY]
 
 
-def _wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+    """Waits a minute for a condition; then fails with what `otherwise` says."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, otherwise()

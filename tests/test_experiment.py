@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from kka_ray.config import RunConfig, config_hash, load
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.experiment import absolute, claim, computing
+from kka_ray.places import Place, opened
 
 
 def run_config(**values: Any) -> RunConfig:
     return RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}} | values)
+
+
+def at(folder: Path) -> Place:
+    return Place(str(folder), folder)
 
 
 def test_every_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,14 +66,31 @@ def test_what_is_no_relative_path_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert absolute(run_config(output="/runs", store={"uri": "/s"})) == run_config(output="/runs", store={"uri": "/s"})
 
 
-def test_runs_are_not_written_to_a_uri() -> None:
-    with pytest.raises(ConfigError, match=r"output is 's3://bucket/runs'.*-o output=.*-o store\.uri="):
-        absolute(run_config(output="s3://bucket/runs"))
+def test_a_run_is_kept_at_a_uri_whose_results_a_server_tracks() -> None:
+    given = run_config(output="s3://bucket/runs", tracking={"uri": "http://tracking:5000"}, store={"uri": "/s"})
+    assert absolute(given) == given
+    with pytest.raises(ValidationError, match=r"output is the URI s3://bucket/runs.*tracking\.uri=http"):
+        run_config(output="s3://bucket/runs")
+
+
+def test_a_run_that_is_kept_at_a_uri_is_known_there() -> None:
+    tracked = {"tracking": {"uri": "http://tracking:5000"}, "output": f"memory://{uuid.uuid4().hex}"}
+    folder = f"{tracked['output']}/x"
+    with opened(folder, "config.yaml", "config_hash") as place:
+        claim(place, run_config(**tracked), "first")
+        (place.here / "references.json").write_text("[]")
+        place.keep()
+    with opened(folder, "config.yaml", "config_hash") as place:
+        assert claim(place, run_config(**tracked), "second") == "first"
+    with opened(folder) as place:
+        assert sorted(file.name for file in place.here.iterdir()) == ["config.yaml", "config_hash"]
+        with pytest.raises(ConfigError, match=rf"{folder} holds a run with another configuration \(seed\)"):
+            claim(place, run_config(seed=1, **tracked), "second")
 
 
 def test_a_run_goes_on_in_other_places_and_its_file_says_so(tmp_path: Path) -> None:
     vllm = {"kind": "vllm", "gpu_memory": 0.9}
-    claim(tmp_path, run_config(describe={"sampler": vllm}, cluster={"samplers": {"gpus": 1}}), "first")
+    claim(at(tmp_path), run_config(describe={"sampler": vllm}, cluster={"samplers": {"gpus": 1}}), "first")
     moved = run_config(
         describe={"sampler": vllm | {"gpu_memory": 0.5}},
         cluster={"samplers": {"gpus": 1}, "start_timeout": 60, "max_failed_share": 0.9},
@@ -74,7 +98,7 @@ def test_a_run_goes_on_in_other_places_and_its_file_says_so(tmp_path: Path) -> N
         tracking={"experiment": "other"},
         output="/elsewhere",
     )
-    claim(tmp_path, moved, "first")
+    claim(at(tmp_path), moved, "first")
     assert load(tmp_path / "config.yaml", RunConfig) == moved
 
 
@@ -82,17 +106,17 @@ def test_a_run_keeps_the_hash_that_it_was_begun_with(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "x"
     written = run_config(data={"kind": "cifar100", "path": "cifar100"})
-    first = claim(folder, absolute(written), config_hash(written))
+    first = claim(at(folder), absolute(written), config_hash(written))
     assert first == config_hash(written)
     resumed = load(folder / "config.yaml", RunConfig)
     assert config_hash(resumed) != first
-    assert claim(folder, absolute(resumed), config_hash(resumed)) == first
+    assert claim(at(folder), absolute(resumed), config_hash(resumed)) == first
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ResourceError, match=r"cannot write the run's folder .*runs/x.*Free some room"):
-        claim(tmp_path / "runs" / "x", run_config(), "first")
+        claim(at(tmp_path / "runs" / "x"), run_config(), "first")
 
 
 def test_a_run_computes_with_the_threads_of_its_configuration() -> None:
@@ -108,17 +132,17 @@ def test_a_run_that_an_older_release_began_goes_on(tmp_path: Path, monkeypatch: 
     values = config.model_dump(mode="json")
     del values["detect"]["views"]  # a field that it did not have; and it left the data's path as it was
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    claim(tmp_path, absolute(config), "first")
+    claim(at(tmp_path), absolute(config), "first")
     assert load(tmp_path / "config.yaml", RunConfig) == absolute(config)
 
 
 def test_a_run_with_other_results_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
-    claim(tmp_path, run_config(), "first")
+    claim(at(tmp_path), run_config(), "first")
     before = (tmp_path / "config.yaml").read_text()
     (tmp_path / "references.json").write_text("[]")
     other = run_config(seed=1, confusion={"upper": 6}, cluster={"in_flight": 3})
     with pytest.raises(ConfigError, match=r"another configuration \(confusion\.upper, seed\).*-o name=NAME"):
-        claim(tmp_path, other, "first")
+        claim(at(tmp_path), other, "first")
     assert (tmp_path / "config.yaml").read_text() == before
     assert (tmp_path / "references.json").exists()
 
@@ -126,7 +150,7 @@ def test_a_run_with_other_results_is_refused_by_the_keys_that_differ(tmp_path: P
 def test_a_folder_whose_run_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: x\ndata: {kind: flowers}\ngone: 1\n")
     with pytest.raises(ConfigError, match=r"(?s)cannot be gone on with.*-o name=NAME.*gone: unknown key"):
-        claim(tmp_path, run_config(), "first")
+        claim(at(tmp_path), run_config(), "first")
 
 
 def test_a_run_that_is_started_again_refers_to_everything(tmp_path: Path) -> None:
@@ -135,9 +159,9 @@ def test_a_run_that_is_started_again_refers_to_everything(tmp_path: Path) -> Non
 
     store = Store(str(tmp_path / "store"))
     keys = [store.get_or_make("fit", 1, {"n": n}, lambda a: a.write("data", b"0")).key for n in range(2)]
-    claim(tmp_path / "x", run_config(), "first")
+    claim(at(tmp_path / "x"), run_config(), "first")
     (tmp_path / "x" / "references.json").write_text(json.dumps([["fit", keys[0]]]))
-    claim(tmp_path / "x", run_config(), "first")
+    claim(at(tmp_path / "x"), run_config(), "first")
     assert {e.state for e in collect(tmp_path, store.uri, delete=True).entries} == {"held"}
     assert all(store.find("fit", key) for key in keys)
 

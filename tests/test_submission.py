@@ -148,8 +148,10 @@ def test_on_this_machine_relative_folders_are_made_absolute(
     photographs = ("data={kind: cifar100, path: furniture}", *SHARED)
     command = entry(Submission("run", repository / "run.yaml", photographs, repository), here=True)
     assert command.endswith(f"-o data.path={tmp_path / 'furniture'}")
-    with pytest.raises(ConfigError, match="-o output="):
-        entry(Submission("run", repository / "run.yaml", ("output=s3://b/kka",), repository), here=True)
+    tracked = ("output=s3://b/kka", "tracking.uri=http://tracking:5000")
+    command = entry(Submission("run", repository / "run.yaml", tracked, repository), here=True)
+    assert "output=s3://b/kka" in command
+    assert command.endswith(f"-o store.uri={tmp_path / 'runs' / 'store'}")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_on_this_machine_relative_folders_are_made_absolute(
         ("train", "run.yaml", SHARED, "one of run, sweep"),
         ("run", "run.yaml", (), "temporary folder of the cluster.*-o output="),
         ("run", "run.yaml", SHARED[:1], "-o store.uri="),
-        ("run", "run.yaml", ("output=s3://bucket/kka", SHARED[1]), "-o output="),
+        ("run", "run.yaml", ("output=s3://bucket/kka", SHARED[1]), "tracking.uri="),
         ("sweep", "sweep.yaml", (), "-o run.output="),
         ("run", "run.yaml", (*SHARED, "loop.ronds=1"), "did you mean 'rounds'"),
         ("run", "../outside.yaml", SHARED, "is not below"),

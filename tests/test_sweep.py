@@ -28,6 +28,7 @@ from kka_ray.experiment import absolute, computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
+from kka_ray.places import Place
 from kka_ray.prepare import prepare
 from kka_ray.records import Description, Verdict
 from kka_ray.store import Store
@@ -222,8 +223,8 @@ def test_the_best_is_the_first_of_the_largest_and_failures_do_not_count() -> Non
 def test_the_results_are_plain_json_and_a_row_a_trial(small: Sweep, tmp_path: Path) -> None:
     rows = [Outcome(t.number, dict(t.overrides), 0.5 + t.number / 100, [0.5], 3.0) for t in small.trials]
     rows[1] = Outcome(1, dict(small.trials[1].overrides), error="StageError: no")
-    result = sweep.SweepResult(tmp_path, rows, best_of(rows), ("r0-p000-s001",), None, 9.0)
-    sweep._write(result, small, small.trials[0].config)
+    result = sweep.SweepResult(str(tmp_path), rows, best_of(rows), ("r0-p000-s001",), None, 9.0)
+    sweep._write(Place(str(tmp_path), tmp_path), result, small, small.trials[0].config)
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written == to_json(result, small)
     assert [t["objective"] is None for t in written["trials"]] == [False, True, False, False, False, False]
@@ -385,9 +386,9 @@ def test_trials_keep_what_they_make_in_the_drivers_folders(
 
 
 def test_a_sweep_that_is_started_again_refers_to_everything(small: Sweep, tmp_path: Path) -> None:
-    sweep._claim(tmp_path, small.config)
+    sweep._claim(Place(str(tmp_path), tmp_path), small.config)
     (tmp_path / "references.json").write_text("[]")
-    sweep._claim(tmp_path, small.config)
+    sweep._claim(Place(str(tmp_path), tmp_path), small.config)
     assert [f.name for f in tmp_path.iterdir()] == ["sweep.yaml"]
 
 

@@ -17,14 +17,19 @@ def reserve(name: str, pool: PoolConfig, cluster: ClusterConfig) -> Any:
 
     Raises ResourceError if the places are not free within `cluster.start_timeout`.
     """
-    if not pool.gpus or get_current_placement_group() is not None:
-        return None
-    bundle = {"CPU": pool.cpus, "GPU": pool.gpus} if pool.cpus else {"GPU": pool.gpus}
-    group = placement_group([bundle] * pool.workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
-    if not group.wait(cluster.start_timeout):
+    group = ask(name, pool, pool.workers)
+    if group is not None and not group.wait(cluster.start_timeout):
         remove_placement_group(group)
         raise not_free(name, pool.workers, pool.cpus, pool.gpus, cluster)
     return group
+
+
+def ask(name: str, pool: PoolConfig, workers: int) -> Any:
+    """As `reserve`, for so many workers and without waiting: who starts in the group waits until it has its places."""
+    if not pool.gpus or get_current_placement_group() is not None:
+        return None
+    bundle = {"CPU": pool.cpus, "GPU": pool.gpus} if pool.cpus else {"GPU": pool.gpus}
+    return placement_group([bundle] * workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
 
 
 def not_free(name: str, workers: int, cpus: float, gpus: float, cluster: ClusterConfig) -> ResourceError:

@@ -34,11 +34,14 @@ class Share:
     """What they run, in words."""
     weights: int | None = None
     """Bytes of the model's weights on disk; None where the model is not on this machine yet."""
+    most: int = 0
+    """Processes while much waits and there is room; no place is kept for those beyond `processes`."""
 
     def __str__(self) -> str:
         gpus = f", {self.gpus:g} GPU" if self.gpus else ""
         each = f"{self.cpus:g} CPU{gpus}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.name}: {self.processes} x ({each})"
+        more = f", up to {self.most} where there is room" if self.most > self.processes else ""
+        return f"{self.name}: {self.processes} x ({each}){more}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _pool(name: str, pool: PoolConfig, engine: str, model: str) -> Share:
-    return Share(name, pool.workers, pool.cpus, pool.gpus, pool.threads, engine, weights_bytes(model))
+    most = pool.max_workers or pool.workers
+    return Share(name, pool.workers, pool.cpus, pool.gpus, pool.threads, engine, weights_bytes(model), most)
 
 
 def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, *, gpus: bool = True) -> Share:

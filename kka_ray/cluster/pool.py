@@ -22,7 +22,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from kka_ray.cluster.placement import release, reserve
+from kka_ray.cluster.placement import ask, release, reserve
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
 
@@ -82,6 +82,8 @@ class _Worker:
     """Why we ended it."""
     failures: list[str] = field(default_factory=list)
     """Reasons of its failures since it was started or last did what it was given."""
+    group: Any = None
+    """The placement group of one that is beyond the pool's least number; it ends with the worker."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Pool:
         name: what the pool does, for messages.
         make_actor: starts an actor, in the placement group it is given if any.
         size: number of workers and what each takes. While more chunks wait than the workers can take in two turns there
-            are up to `max_workers` of them; those beyond `workers` end when nothing is left to do.
+            are up to `max_workers` of them, if they find places; those beyond `workers` end when nothing is left to do.
         config: limits.
         found: hears of every row at fault: (id, reason). It may raise to end the run.
     """
@@ -172,7 +174,7 @@ class Pool:
     def stop(self) -> None:
         """Ends the actors, gives their places back and forgets what they were doing."""
         for worker in self._workers:
-            ray.kill(worker.actor)
+            self._end(worker)
         self._workers.clear()
         self._waiting.clear()
         self._owner.clear()
@@ -181,11 +183,18 @@ class Pool:
 
     # --- workers ---
 
-    def _start_worker(self) -> _Worker:
-        actor = self.make_actor(self._group)
-        worker = _Worker(actor, actor.load.remote(), time.monotonic())
+    def _start_worker(self, group: Any = None) -> _Worker:
+        """A worker in the pool's places, or in a group of its own."""
+        actor = self.make_actor(self._group if group is None else group)
+        worker = _Worker(actor, actor.load.remote(), time.monotonic(), group=group)
         self._owner[worker.loading] = worker
         return worker
+
+    def _end(self, worker: _Worker) -> None:
+        """Ends an idle worker and gives a place of its own back."""
+        ray.kill(worker.actor)
+        self._owner.pop(worker.loading, None)
+        release(worker.group)
 
     def _look_at(self, worker: _Worker, ready: set[Any]) -> list[tuple[int, Any]]:
         """What a worker has done, in its order, up to where it died if it did."""
@@ -266,7 +275,7 @@ class Pool:
         for reference in (worker.loading, *(item.reference for item in worker.items)):
             self._owner.pop(reference, None)
         self._waiting.extendleft(reversed(worker.items))
-        self._workers[self._workers.index(worker)] = self._start_worker()
+        self._workers[self._workers.index(worker)] = self._start_worker(worker.group)
 
     def _end_hung(self) -> None:
         """Kills workers that take too long over a chunk; what becomes of it is seen when their death is."""
@@ -307,12 +316,11 @@ class Pool:
         most, least = self.size.max_workers or self.size.workers, self.size.workers
         if not self.busy:
             for worker in self._workers[least:]:
-                ray.kill(worker.actor)
-                self._owner.pop(worker.loading, None)
+                self._end(worker)
             del self._workers[least:]
         elif len(self._workers) < most and len(self._waiting) > len(self._workers) * self.config.in_flight:
             if all(worker.loading is None for worker in self._workers):
-                self._workers.append(self._start_worker())
+                self._workers.append(self._start_worker(ask(self.name, self.size, 1)))
 
     # --- what fails ---
 

@@ -265,7 +265,7 @@ class PreferenceConfig(Strict):
     warmup: int = Field(5, ge=0)
     lora_rank: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="above 0 the model's own dropout is on as well")
     max_length: int = Field(1024, ge=16)
     dtype: Literal["float32", "bfloat16"] = "float32"
     load_in_4bit: bool = Field(False, description="quantised base model; needs CUDA and bitsandbytes")
@@ -334,9 +334,11 @@ class _SimpleNet(LearnsFromAnomalies):
     epochs: int = Field(15, ge=1)
     batch: int = Field(64, ge=1, description="images a step")
     patches_per_image: int = Field(8, ge=1, description="patches drawn from each normal image of a step")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(
+        1e-3, gt=0, description="for 1,000 normals or more; with fewer it falls as the root of their number"
+    )
     anomaly_patches: int = Field(8, ge=1, description="most anomalous patches of an anomaly that are negatives")
-    patch_weight: float = Field(0.5, ge=0, description="of the worst patch in the score, beside 1 for the image")
+    patch_weight: float = Field(0.25, ge=0, description="of the worst patch in the score, beside 1 for the image")
 
 
 class SimpleNet(_SimpleNet):
@@ -595,7 +597,9 @@ class PoolConfig(Strict):
     """A pool of actors: how many, and what each takes."""
 
     workers: int = Field(1, ge=1)
-    max_workers: int | None = Field(None, ge=1, description="so many while many chunks wait; by default `workers`")
+    max_workers: int | None = Field(
+        None, ge=1, description="so many while many chunks wait and there is room; by default `workers`"
+    )
     cpus: float = Field(0.5, ge=0, description="logical CPUs of an actor; 0 for a GPU actor on a full machine")
     gpus: float = Field(0, ge=0, description="GPUs of an actor, fractions allowed")
     threads: int = Field(1, ge=1, description="threads that an actor computes with; part of the store's keys")
@@ -605,15 +609,6 @@ class PoolConfig(Strict):
     def _range_is_not_empty(self) -> PoolConfig:
         if self.max_workers is not None and self.max_workers < self.workers:
             raise ValueError(f"max_workers ({self.max_workers}) is less than workers ({self.workers})")
-        return self
-
-    @model_validator(mode="after")
-    def _every_worker_has_a_place(self) -> PoolConfig:
-        if self.gpus and self.max_workers is not None and self.max_workers > self.workers:
-            raise ValueError(
-                f"max_workers ({self.max_workers}) is more than workers ({self.workers}), and a pool with GPUs holds "
-                "places for `workers` alone: set workers to the number wanted and leave max_workers out"
-            )
         return self
 
 
@@ -689,7 +684,16 @@ class RunConfig(Strict):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
-    output: str = Field("runs", description="folder of the runs; this one's is OUTPUT/NAME")
+    output: str = Field("runs", description="folder of the runs, or any fsspec URI; this one's is OUTPUT/NAME")
+
+    @model_validator(mode="after")
+    def _results_can_be_tracked(self) -> RunConfig:
+        if "://" in self.output and self.tracking.uri is None:
+            raise ValueError(
+                f"output is the URI {self.output}, beside which MLflow's file cannot lie: name a tracking server or a "
+                "file, as in tracking.uri=http://HOST:5000 or tracking.uri=sqlite:////shared/mlflow.db"
+            )
+        return self
 
     @model_validator(mode="after")
     def _drawn_normals_are_there(self) -> RunConfig:

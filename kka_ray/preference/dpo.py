@@ -28,7 +28,7 @@ from kka_ray.preference.packing import Packer
 from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
-VERSION = 3
+VERSION = 4
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
 
@@ -177,6 +177,7 @@ def _arguments(
         save_strategy="steps" if checkpoints else "no",
         save_steps=CHECKPOINT_STEPS,
         report_to="none",
+        disable_dropout=not config.lora_dropout,  # by default TRL would turn the adapter's off too
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,

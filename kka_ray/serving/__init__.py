@@ -26,8 +26,8 @@ class Service:
     token_file: Path | None
 
 
-def start(run: Path, config: ServeConfig, blocking: bool, say: Callable[[str], None] = print) -> Service:
-    """Serves the detector of a run's folder, or of a detector folder.
+def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[str], None] = print) -> Service:
+    """Serves the detector of a run's folder, or of a detector folder; either may be a URI.
 
     `blocking` starts a local Ray cluster (or joins the one of `RAY_ADDRESS`) and serves until interrupted; it must be
     called from the main thread. Otherwise this process must be connected to Ray, and the call returns as soon as the
@@ -41,7 +41,8 @@ def start(run: Path, config: ServeConfig, blocking: bool, say: Callable[[str], N
     from kka_ray.cluster.session import session
     from kka_ray.scoring import detector_folder
 
-    detector_folder(run)
+    with detector_folder(run):
+        pass  # it is there; each replica loads it by itself
     _check_port(config)
     if not blocking:
         if not ray.is_initialized():
@@ -71,7 +72,7 @@ def _wait_for_the_end() -> None:
         signal.signal(number, handler)
 
 
-def _deploy(run: Path, config: ServeConfig, say: Callable[[str], None]) -> Service:
+def _deploy(run: str | Path, config: ServeConfig, say: Callable[[str], None]) -> Service:
     from ray import serve
 
     from kka_ray.serving.deployment import build_application

@@ -21,7 +21,7 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def make_digest(run: Path) -> tuple[bytes, Path | None]:
+def make_digest(run: str | Path) -> tuple[bytes, Path | None]:
     """The digest of the service's token, and the file that a generated token was written to.
 
     The token is `$KKA_SERVE_TOKEN`. Without it a new one is written to `serve/RUN.token` in the cache folder, readable
@@ -34,7 +34,7 @@ def make_digest(run: Path) -> tuple[bytes, Path | None]:
             raise ConfigError(f"{VARIABLE} must hold at least {_LEAST} printable ASCII characters without spaces")
         return digest(given), None
     token = secrets.token_urlsafe(32)
-    file = cache_dir() / "serve" / f"{run.resolve().name}.token"
+    file = cache_dir() / "serve" / f"{Path(run).resolve().name}.token"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp makes the file with mode 0600 from the start.

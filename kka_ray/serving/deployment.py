@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from kka_ray.config.serve import ServeConfig
+from kka_ray.places import is_uri
 from kka_ray.scoring import detector_folder, load_detector
 from kka_ray.serving.app import create_app
 from kka_ray.serving.refusal import Refusal
@@ -29,7 +30,7 @@ class DetectorReplica:
 
         torch.set_num_threads(config.threads)
         device = "cuda" if config.gpus else "cpu"
-        self._scorer = ImageScorer(load_detector(Path(model), device, config.engine), config)
+        self._scorer = ImageScorer(load_detector(model, device, config.engine), config)
         self.score.set_max_batch_size(config.batch)
         self.score.set_batch_wait_timeout_s(config.batch_wait)
 
@@ -79,9 +80,10 @@ class Ingress:
         return create_app(*self._arguments)
 
 
-def build_application(model: Path, config: ServeConfig, token_digest: bytes) -> Application:
+def build_application(model: str | Path, config: ServeConfig, token_digest: bytes) -> Application:
     """The application that `serve.run` takes. Raises AssetError if there is no detector in `model`."""
-    folder = str(detector_folder(model).resolve())
+    with detector_folder(model) as found:
+        folder = str(model if is_uri(model) else found.resolve())
     detector = (
         serve.deployment(DetectorReplica)
         .options(

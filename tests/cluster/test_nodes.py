@@ -14,7 +14,7 @@ from kka_ray.cluster.session import nodes, session
 from kka_ray.config.models import ClusterConfig, FlowersData, PoolConfig, RunConfig
 from kka_ray.errors import ResourceError, StageError
 from tests.cluster import fakes
-from tests.logical_cluster import assert_nothing_is_left, logical_cluster
+from tests.logical_cluster import assert_nothing_is_left, logical_cluster, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
-def gpu_pool(workers: int, gpus: float = 1, **limits: object) -> Pool:
-    size = PoolConfig(workers=workers, gpus=gpus, cpus=0)
+def gpu_pool(workers: int, gpus: float = 1, most: int | None = None, **limits: object) -> Pool:
+    size = PoolConfig(workers=workers, max_workers=most, gpus=gpus, cpus=0)
     actor = ray.remote(num_cpus=0, num_gpus=gpus)(fakes.FakeWorker)
 
     def start(group: object) -> object:
@@ -50,6 +50,34 @@ def test_a_finished_and_a_failed_pool_leave_nothing(cluster: Cluster) -> None:
     with pytest.raises(StageError):
         list(drain([broken]))
     broken.stop()
+    assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("most", "most_busy"), [(3, 3), (6, 4)])
+def test_a_pool_grows_into_the_gpus_that_are_free(cluster: Cluster, most: int, most_busy: int) -> None:
+    pool = gpu_pool(2, most=most)
+    for i in range(60):
+        pool.submit(i, fakes.rows("slow"))
+    ready, done = set(), set()
+    for _, number, _ in drain([pool], poll=0.1):
+        done.add(number)
+        ready.add(sum(worker.loading is None for worker in pool._workers))
+    assert done == set(range(60))
+    assert max(ready) == most_busy
+    assert len(pool._workers) == 2
+    wait_for(lambda: ray.available_resources().get("GPU") == 2, lambda: f"free: {ray.available_resources()}")
+    pool.stop()
+    assert_nothing_is_left()
+
+
+def test_a_growing_pool_that_is_stopped_leaves_nothing(cluster: Cluster) -> None:
+    pool = gpu_pool(2, most=6)
+    for i in range(60):
+        pool.submit(i, fakes.rows("slow"))
+    for _ in drain([pool], poll=0.1):
+        if len(pool._workers) == 5:  # the fifth has no place
+            break
+    pool.stop()
     assert_nothing_is_left()
 
 

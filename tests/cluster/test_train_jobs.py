@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,14 +32,22 @@ def test_a_job_waits_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> No
     assert [train._waits(ClusterConfig(start_timeout=seconds)) for seconds in (1, 60, 61, 1800)] == [1, 1, 2, 30]
 
 
+def dpo_job(folder: Path, name: str, *, restarts: int = 0, mark: Path | None = None, **settings: Any) -> Any:
+    """The output and the workers' reports of a job of two workers on a tiny model; jobs in one folder share a store."""
+    model = folder / "model"
+    reference = str(model) if model.exists() else save_model(model)
+    fixed: dict[str, Any] = {"batch": 4, "micro_batch": 2, "warmup": 0, "learning_rate": 1e-2, "workers": 2}
+    config = PreferenceConfig(**fixed, **settings)
+    cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=restarts)
+    store = Store(str(folder / "store"))
+    return dpo_jobs.run(store, folder / name, pairs(7), reference, config, cluster, mark)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_dpo_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    store, model = Store(str(tmp_path / "store")), save_model(tmp_path / "model")
-    config = PreferenceConfig(steps=12, batch=4, micro_batch=2, warmup=0, learning_rate=1e-2, workers=2)
-    cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=1)
-    whole, undisturbed = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
-    found, killed = dpo_jobs.run(store, tmp_path / "killed", pairs(7), model, config, cluster, mark=tmp_path / "mark")
+    whole, undisturbed = dpo_job(tmp_path, "whole", steps=12)
+    found, killed = dpo_job(tmp_path, "killed", steps=12, restarts=1, mark=tmp_path / "mark")
     assert (tmp_path / "mark").exists()
     assert [len(report["seen"]) for report in undisturbed] == [12, 12]
     assert [report["seen"] for report in killed] == [report["seen"][10:] for report in undisturbed]
@@ -50,12 +59,8 @@ def test_a_killed_dpo_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_sharded_model_is_trained_as_a_whole_one_and_saved_whole(tmp_path: Path) -> None:
-    store, model = Store(str(tmp_path / "store")), save_model(tmp_path / "model")
-    config = PreferenceConfig(steps=6, batch=4, micro_batch=2, warmup=0, learning_rate=1e-2, workers=2)
-    cluster = ClusterConfig(train_cpus=0.5, train_threads=1, max_restarts=0)
-    whole, replicas = dpo_jobs.run(store, tmp_path / "whole", pairs(7), model, config, cluster)
-    sharding = config.model_copy(update={"sharding": "fsdp"})
-    sharded, reports = dpo_jobs.run(store, tmp_path / "sharded", pairs(7), model, sharding, cluster)
+    whole, replicas = dpo_job(tmp_path, "whole", steps=6)
+    sharded, reports = dpo_job(tmp_path, "sharded", steps=6, sharding="fsdp")
     assert [report["sharded"] for report in replicas + reports] == [False, False, True, True]
     ours, theirs = ([row["loss"] for row in output.json("result")["history"]] for output in (whole, sharded))
     assert ours == pytest.approx(theirs, abs=1e-4)

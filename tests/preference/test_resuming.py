@@ -84,3 +84,11 @@ def test_a_training_that_keeps_checkpoints_has_the_result_of_one_that_does_not(t
     assert all(torch.equal(found[k], wanted[k]) for k in wanted)
     (content,) = kept.contents
     assert {name.split(".")[0] for name in load(content)} == {"adapter", "optimizer", "random", "reference"}
+
+
+def test_the_dropout_of_an_adapter_takes_part(tmp_path: Path, model: str) -> None:
+    (without, _), (with_it, _) = (
+        train(tmp_path / str(share), model, None, steps=3, lora_dropout=share) for share in (0.0, 0.5)
+    )
+    assert with_it.history[0] == without.history[0], "an adapter begins as nothing, whatever is dropped of its input"
+    assert with_it.history[1:] != without.history[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,23 +15,26 @@ from kka_ray.detectors.patches import on_grid, patch_rows
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.training import train
 from kka_ray.encoders.state import part
+from kka_ray.errors import AssetError
 from kka_ray.features.base import Features
-from kka_ray.features.robust import Robust
 
 _CHUNK = 128
+_MANY = 1000
+"""Normals from which on the learning rate is the configured one."""
 _PATCH_ANOMALIES = 16
 """Anomaly images a step in the patch branch: all their patches are scored to find the most anomalous."""
 
 
 class SimpleNetDetector(Detector):
-    """Two discriminators, one of patches and one of whole images; scores are in MADs of validation normals, summed."""
+    """Two discriminators, one of patches and one of whole images, whose outputs are added up."""
 
     needs_patches: ClassVar[bool] = True
 
     def __init__(self, config: SimpleNet | PixelSimpleNet) -> None:
         self.config = config
         self._branches: dict[str, Branch] = {}
-        self._scales: dict[str, Robust] = {}
+        self._caution = 1.0
+        """What the learning rate is multiplied by: few normals are soon known by heart."""
 
     def fit(self, normals: Features, anomalies: Features | None, validation: Features, seed: int) -> None:
         """Trains both branches. Raises ValueError if features come without patches."""
@@ -40,12 +42,12 @@ class SimpleNetDetector(Detector):
             anomalies = None
         for features in (normals, validation, *([anomalies] if anomalies is not None else [])):
             patch_rows(features, "SimpleNet")
+        self._caution = min(1.0, (len(normals) / _MANY) ** 0.5)
         generator = torch.Generator().manual_seed(seed)
         self._branches = {
             "image": self._fit_image(normals, anomalies, generator),
             "patch": self._fit_patch(normals, anomalies, generator),
         }
-        self._scales = {name: Robust.of(s) for name, s in self._parts(validation).items()}
 
     def _fit_image(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
         config = self.config
@@ -79,10 +81,11 @@ class SimpleNetDetector(Detector):
         return branch
 
     def score(self, features: Features) -> np.ndarray:
-        """Image part plus `patch_weight` times the patch part (its worst patch), each standardised."""
-        parts = self._parts(features)
-        total = self._scales["image"](parts["image"])
-        total = total + self.config.patch_weight * self._scales["patch"](parts["patch"])
+        """-D of the image plus `patch_weight` times -D of its worst patch."""
+        whole = torch.from_numpy(features.statistics()).split(_CHUNK)
+        with torch.no_grad():
+            image = torch.cat([-self._branches["image"](x) for x in whole]).numpy()
+        total: np.ndarray = image + self.config.patch_weight * self._patch_scores(features).max((1, 2))
         return total.astype(np.float32)
 
     def heatmap(self, features: Features) -> np.ndarray:
@@ -90,19 +93,19 @@ class SimpleNetDetector(Detector):
         return self._patch_scores(features)
 
     def network(self) -> nn.Module:
-        return _Score(self._branches, self._scales, self.config.patch_weight)
+        return _Score(self._branches, self.config.patch_weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}
-        return tensors, {"scales": {name: asdict(s) for name, s in self._scales.items()}}
+        return {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}, {}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
+        if "scales" in values:
+            raise AssetError("this SimpleNet was saved when its branches had scales of their own: fit it again")
         for name in ("image", "patch"):
             own = part(tensors, name)
             branch = self._new_branch(len(own["mean"]))
             branch.load_state_dict(own)
             self._branches[name] = branch.requires_grad_(False)
-        self._scales = {name: Robust(**s) for name, s in values["scales"].items()}
         return self
 
     def _new_branch(self, channels: int) -> Branch:
@@ -120,12 +123,13 @@ class SimpleNetDetector(Detector):
     ) -> None:
         """Trains with the standardised features that `pick` gives for each batch of `count` images' rows."""
         config = self.config
+        rate = config.learning_rate * self._caution
         # The adaptor moves at a tenth of the rate, as in the authors' code.
         groups: list[dict[str, Any]] = [
-            {"params": [*branch.adaptor.parameters()], "lr": config.learning_rate / 10},
+            {"params": [*branch.adaptor.parameters()], "lr": rate / 10},
             {"params": [*branch.hidden.parameters(), *branch.tail.parameters()]},
         ]
-        optimizer = torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=1e-5, fused=True)
+        optimizer = torch.optim.Adam(groups, lr=rate, weight_decay=1e-5, fused=True)
 
         def epoch(step: Callable[[], None]) -> None:
             for rows in torch.randperm(count, generator=generator).split(config.batch):
@@ -140,12 +144,6 @@ class SimpleNetDetector(Detector):
         steps = -(-count // config.batch)
         train(name, branch, optimizer, config.epochs, steps, epoch, generator, self.training)
         branch.requires_grad_(False)
-
-    @torch.no_grad()
-    def _parts(self, features: Features) -> dict[str, np.ndarray]:
-        whole = torch.from_numpy(features.statistics()).split(_CHUNK)
-        image = torch.cat([-self._branches["image"](x) for x in whole]).numpy()
-        return {"image": image, "patch": self._patch_scores(features).max((1, 2))}
 
     @torch.no_grad()
     def _patch_scores(self, features: Features) -> np.ndarray:
@@ -192,17 +190,13 @@ def _worst_patches(
 class _Score(nn.Module):
     """`SimpleNetDetector.score` of pooled and patch features."""
 
-    def __init__(self, branches: dict[str, Branch], scales: dict[str, Robust], patch_weight: float) -> None:
+    def __init__(self, branches: dict[str, Branch], patch_weight: float) -> None:
         super().__init__()
-        self.image, self.patch = branches["image"], branches["patch"]
-        self.scales, self.patch_weight = scales, patch_weight
+        self.image, self.patch, self.patch_weight = branches["image"], branches["patch"], patch_weight
 
     def forward(self, pooled: Tensor, patches: Tensor) -> Tensor:
         grid = patches.flatten(1, 2)
         mean = grid.mean(1, keepdim=True)
         deviation = (grid - mean).square().mean(1).sqrt()
         whole = torch.cat([pooled, mean.squeeze(1), deviation, grid.amax(1)], 1)
-        image, patch = -self.image(whole), (-self.patch(grid)).amax(1)
-        of_image, of_patch = self.scales["image"], self.scales["patch"]
-        score = (image - of_image.median) / of_image.mad
-        return score + self.patch_weight * (patch - of_patch.median) / of_patch.mad
+        return -self.image(whole) + self.patch_weight * (-self.patch(grid)).amax(1)
