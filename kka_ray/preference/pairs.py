@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from kka_ray.config.models import PreferenceConfig
 from kka_ray.records import Description, PreferencePair, Prompt, Verdict
 
-VERSION = 2
+VERSION = 3
 
 
 def build_pairs(
@@ -27,7 +28,8 @@ def build_pairs(
     Chosen are the hard lines; rejected those that `config.rejected` names: `easy`, `normal_like` (drawn, but within
     the normals) and `guarded` (refused by the guard for describing the normal class, or for their form). A text
     that was judged hard once and easy another time counts as neither. Every chosen line is used about equally often,
-    with different partners.
+    with different partners: in turns too far from the normals (easy) and too near, as far as there are both. With more
+    of one kind the model would learn to go the other way, past the hard ones.
     """
     label = {v.id: v.label for v in verdicts}
     text_of = {p.id: p.text for p in prompts}
@@ -44,14 +46,24 @@ def build_pairs(
     for prompt in sorted(chosen):
         good, bad = _disjoint(chosen[prompt], rejected[prompt])
         for a in good:
-            partners = rng.permutation(len(bad))
             # The turn puts each line's first partner before any line's second one.
-            candidates += [(turn, float(rng.random()), a, bad[j]) for turn, j in enumerate(partners)]
+            for turn, b in enumerate(_in_turns(bad, label, rng)):
+                candidates.append((turn, float(rng.random()), a, b))
     candidates.sort(key=lambda c: (c[0], c[1]))
     return [
         PreferencePair(a.prompt_id, a.id, b.id, text_of[a.prompt_id], completion(a), completion(b))
         for _, _, a, b in candidates[: min(config.max_pairs, config.steps * config.batch)]
     ]
+
+
+def _in_turns(bad: list[Description], label: Mapping[str, str], rng: np.random.Generator) -> list[Description]:
+    """The lines at random, easy ones and others in turns until there are no more of one kind."""
+    kinds: list[list[Description]] = [[], []]
+    for j in rng.permutation(len(bad)):
+        kinds[label.get(bad[j].id) == "easy"].append(bad[j])
+    if rng.random() < 0.5:
+        kinds.reverse()
+    return [line for pair in zip_longest(*kinds) for line in pair if line is not None]
 
 
 def completion(line: Description) -> str:

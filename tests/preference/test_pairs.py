@@ -48,3 +48,14 @@ def test_between_and_refused_lines_are_left_out_unless_asked_for() -> None:
     assert build_pairs(PROMPTS, lines, verdicts, PreferenceConfig(), seed=0) == []
     asked = build_pairs(PROMPTS, lines, verdicts, PreferenceConfig(rejected=("guarded",)), seed=0)
     assert [p.rejected for p in asked] == [" a chair\n"]
+
+
+def test_a_hard_line_is_preferred_to_what_is_too_far_and_to_what_is_too_near_in_turns() -> None:
+    hard = [line(i, "p0", f"hard {i}") for i in range(6)]
+    far = [line(10 + i, "p0", f"far {i}") for i in range(12)]
+    near = [line(30, "p0", "near 0"), line(31, "p0", "near 1", "too_long")]
+    labels = ["hard"] * 6 + ["easy"] * 12 + ["normal_like"]
+    verdicts = [verdict(d, label) for d, label in zip([*hard, *far, near[0]], labels, strict=True)]
+    config = PreferenceConfig(rejected=("easy", "normal_like", "guarded"), max_pairs=12)
+    rejected = [p.rejected_id for p in build_pairs(PROMPTS, [*hard, *far, *near], verdicts, config, seed=0)]
+    assert sum(id_ in {d.id for d in near} for id_ in rejected) == 6
