@@ -66,7 +66,7 @@ def test_pixels_cost_most():
     parts = by_cost(frozen_detectors(ROOT / "configs" / "detectors_32px.yaml", Path("data")) | {"knn": default("knn")})
     assert [list(part) for part in parts] == [
         ["knn"],
-        ["ae_svdd (32 px)", "beatgan", "genias", "simplenet_pixels"],
+        ["ae_svdd (32 px)", "beatgan", "genias", "simplenet_pixels (32 px)"],
     ]
 
 

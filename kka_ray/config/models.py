@@ -326,6 +326,7 @@ class LearnsFromAnomalies(Strict):
 class _SimpleNet(LearnsFromAnomalies):
     """What SimpleNet has with either kind of features."""
 
+    members: int = Field(4, ge=1, description="discriminators of whole images, each from another start, averaged")
     width: int = Field(512, ge=8, description="dimensions of the adapted feature, at most those of the feature")
     hidden: int = Field(1024, ge=8, description="hidden units of the discriminator, at most twice its width")
     shrinkage: float = Field(0.3, gt=0, le=1, description="of the whitening that the adaptor starts from")

@@ -41,7 +41,7 @@ CONFIGS = {  # the detectors that share their steps
     "deep_sad": DetectorDeepSad(kind="deep_sad", hidden=32, width=16, epochs=4, batch=16),
     "ae_svdd": AeSvdd(kind="ae_svdd", hidden=32, width=16, pretrain_epochs=4, epochs=4, batch=16),
 }
-PHASES = {"simplenet": 2, "simplenet_pixels": 3, "genias": 2, "ae_svdd": 2}
+PHASES = {"simplenet": 5, "simplenet_pixels": 6, "genias": 2, "ae_svdd": 2}
 """Networks that a fit trains, one after the other, where they are not one."""
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from tests.integration.tiny_run import finish, markers, models_are_missing, resume, start, summary
+from tests.integration.tiny_run import finish, kka, markers, models_are_missing, resume, start, summary
 
 pytestmark = [
     pytest.mark.slow,
@@ -84,6 +85,31 @@ def test_a_killed_run_is_finished_and_makes_nothing_twice(undisturbed: Path, tmp
     finish(start(tmp_path) if stage != "dpo" else resume(tmp_path))
     assert {path: changed for path, changed in markers(tmp_path).items() if path in before} == before
     assert summary(tmp_path) == summary(undisturbed)
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def test_a_run_that_is_kept_at_a_uri_is_read_from_there(undisturbed: Path, tmp_path: Path) -> None:
+    kept = f"file://{tmp_path}/kept/runs"
+    options = (f"output={kept}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    output = finish(start(undisturbed, *options))
+    assert f"{kept}/tiny/report.html" in output.replace("\n", "")
+    assert summary(tmp_path / "kept") == summary(undisturbed)
+    folder = tmp_path / "kept" / "runs" / "tiny"
+    assert files(folder) == files(undisturbed / "runs" / "tiny")
+    (folder / "report.html").unlink()
+    finish(kka(undisturbed, "report", f"{kept}/tiny"))
+    assert (folder / "report.html").stat().st_size > 10_000
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (64, 64), "red").save(images / "red.png")
+    for model, scores in ((f"{kept}/tiny", "there"), ("runs/tiny", "here")):
+        finish(kka(undisturbed, "score", str(images), "--model", model, "--output", str(tmp_path / scores)))
+    assert (tmp_path / "there" / "scores.csv").read_text() == (tmp_path / "here" / "scores.csv").read_text()
+    assert "nothing can go" in finish(kka(undisturbed, "gc", "--output", kept, "--store", "runs/store"))
+    assert finish(kka(undisturbed, "resume", f"{kept}/tiny"))
 
 
 def test_another_configuration_in_the_same_folder_is_refused(undisturbed: Path) -> None:

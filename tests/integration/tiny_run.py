@@ -50,15 +50,16 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     options = [part for o in overrides for part in ("-o", o)]
-    return _kka(folder, "run", "tiny.yaml", *options)
+    return kka(folder, "run", "tiny.yaml", *options)
 
 
 def resume(folder: Path) -> subprocess.Popen[str]:
     """Goes on with the run from its folder."""
-    return _kka(folder, "resume", "runs/tiny")
+    return kka(folder, "resume", "runs/tiny")
 
 
-def _kka(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def kka(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts a verb in a folder."""
     return subprocess.Popen(
         [sys.executable, "-m", "kka_ray.cli", *arguments],
         cwd=folder,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,6 +18,7 @@ from kka_ray.encoders.state import part
 from kka_ray.errors import AssetError
 from kka_ray.features.base import Features
 
+_PATCH = "patch"
 _CHUNK = 128
 _MANY = 1000
 """Normals from which on the learning rate is the configured one."""
@@ -26,7 +27,7 @@ _PATCH_ANOMALIES = 16
 
 
 class SimpleNetDetector(Detector):
-    """Two discriminators, one of patches and one of whole images, whose outputs are added up."""
+    """Discriminators of whole images, of which the mean counts, and one of patches, whose outputs are added up."""
 
     needs_patches: ClassVar[bool] = True
 
@@ -44,19 +45,19 @@ class SimpleNetDetector(Detector):
             patch_rows(features, "SimpleNet")
         self._caution = min(1.0, (len(normals) / _MANY) ** 0.5)
         generator = torch.Generator().manual_seed(seed)
-        self._branches = {
-            "image": self._fit_image(normals, anomalies, generator),
-            "patch": self._fit_patch(normals, anomalies, generator),
-        }
+        self._branches = {name: self._fit_image(name, normals, anomalies, generator) for name in self._images}
+        self._branches[_PATCH] = self._fit_patch(normals, anomalies, generator)
 
-    def _fit_image(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
+    def _fit_image(
+        self, name: str, normals: Features, anomalies: Features | None, generator: torch.Generator
+    ) -> Branch:
         config = self.config
         x = torch.from_numpy(normals.statistics())
         branch = self._new_branch(x.shape[1])
         branch.start(x, config.shrinkage, config.noise, config.margin, generator)
         x = branch.standardise(x)
         if anomalies is None:
-            self._train("image", branch, len(x), lambda rows: x[rows], None, generator)
+            self._train(name, branch, len(x), lambda rows: x[rows], None, generator)
             return branch
         if normals.views is not None:
             # Views of anomalies alone would teach the discriminator what a view is.
@@ -64,7 +65,7 @@ class SimpleNetDetector(Detector):
         labelled = anomalies.with_views()
         known = branch.standardise(torch.from_numpy(labelled.statistics()))
         drawn = _random_rows(labelled, config.batch, generator)
-        self._train("image", branch, len(x), lambda rows: x[rows], lambda: known[drawn()], generator)
+        self._train(name, branch, len(x), lambda rows: x[rows], lambda: known[drawn()], generator)
         return branch
 
     def _fit_patch(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
@@ -77,14 +78,15 @@ class SimpleNetDetector(Detector):
             return branch.standardise(grid[rows[:, None], places].flatten(0, 1))
 
         negatives = _worst_patches(branch, anomalies, config.anomaly_patches, generator)
-        self._train("patch", branch, len(grid), pick, negatives, generator)
+        self._train(_PATCH, branch, len(grid), pick, negatives, generator)
         return branch
 
     def score(self, features: Features) -> np.ndarray:
-        """-D of the image plus `patch_weight` times -D of its worst patch."""
+        """Mean -D of the image plus `patch_weight` times -D of its worst patch."""
         whole = torch.from_numpy(features.statistics()).split(_CHUNK)
+        members = [self._branches[name] for name in self._images]
         with torch.no_grad():
-            image = torch.cat([-self._branches["image"](x) for x in whole]).numpy()
+            image = torch.cat([-_mean(members, x) for x in whole]).numpy()
         total: np.ndarray = image + self.config.patch_weight * self._patch_scores(features).max((1, 2))
         return total.astype(np.float32)
 
@@ -93,7 +95,8 @@ class SimpleNetDetector(Detector):
         return self._patch_scores(features)
 
     def network(self) -> nn.Module:
-        return _Score(self._branches, self.config.patch_weight)
+        members = [self._branches[name] for name in self._images]
+        return _Score(members, self._branches[_PATCH], self.config.patch_weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}, {}
@@ -101,12 +104,17 @@ class SimpleNetDetector(Detector):
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         if "scales" in values:
             raise AssetError("this SimpleNet was saved when its branches had scales of their own: fit it again")
-        for name in ("image", "patch"):
+        for name in (*self._images, _PATCH):
             own = part(tensors, name)
             branch = self._new_branch(len(own["mean"]))
             branch.load_state_dict(own)
             self._branches[name] = branch.requires_grad_(False)
         return self
+
+    @property
+    def _images(self) -> list[str]:
+        """Names of the branches of whole images."""
+        return [f"image-{k}" for k in range(self.config.members)]
 
     def _new_branch(self, channels: int) -> Branch:
         width = min(self.config.width, channels)
@@ -147,8 +155,13 @@ class SimpleNetDetector(Detector):
 
     @torch.no_grad()
     def _patch_scores(self, features: Features) -> np.ndarray:
-        scores = [-self._branches["patch"](x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
+        scores = [-self._branches[_PATCH](x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
         return on_grid(torch.cat(scores), features)
+
+
+def _mean(members: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Mean D (N,) of features (N, C)."""
+    return torch.stack([member(x) for member in members]).mean(0)
 
 
 def _sample_patches(grid: Tensor, generator: torch.Generator, limit: int = 100_000) -> Tensor:
@@ -190,13 +203,13 @@ def _worst_patches(
 class _Score(nn.Module):
     """`SimpleNetDetector.score` of pooled and patch features."""
 
-    def __init__(self, branches: dict[str, Branch], patch_weight: float) -> None:
+    def __init__(self, images: Sequence[Branch], patch: Branch, patch_weight: float) -> None:
         super().__init__()
-        self.image, self.patch, self.patch_weight = branches["image"], branches["patch"], patch_weight
+        self.images, self.patch, self.patch_weight = nn.ModuleList(images), patch, patch_weight
 
     def forward(self, pooled: Tensor, patches: Tensor) -> Tensor:
         grid = patches.flatten(1, 2)
         mean = grid.mean(1, keepdim=True)
         deviation = (grid - mean).square().mean(1).sqrt()
         whole = torch.cat([pooled, mean.squeeze(1), deviation, grid.amax(1)], 1)
-        return -self.image(whole) + self.patch_weight * (-self.patch(grid)).amax(1)
+        return -_mean(self.images, whole) + self.patch_weight * (-self.patch(grid)).amax(1)
