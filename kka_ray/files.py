@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -17,3 +17,9 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON value. Raises ValueError for NaN and infinities, which JSON has not."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a file's name, relative to a folder, leads to a place in that folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts

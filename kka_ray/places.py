@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 
 from kka_ray.errors import ConfigError, ResourceError, StoreError
+from kka_ray.files import stays_inside
 
 DETECTOR_FILES = ("config.yaml", "detector.json", "detector.safetensors")
 """What a detector needs of a run's folder."""
@@ -74,7 +75,8 @@ def opened(folder: str | Path, *names: str) -> Iterator[Place]:
     """A folder within a block. Of one at a URI a copy is made, of the files that are called one of `names`, by default
     of all; it goes at the end. One that does not exist is an empty copy.
 
-    Raises ConfigError for a URI that no installed package reads, StoreError if the storage refuses.
+    Raises ConfigError for a URI that no installed package reads, StoreError if the storage refuses, or holds a file
+    whose name leads out of the folder.
     """
     if not is_uri(folder):
         yield Place(str(folder), Path(folder))
@@ -86,6 +88,8 @@ def opened(folder: str | Path, *names: str) -> Iterator[Place]:
             for path in filesystem.find(root):
                 file = path.removeprefix(root).lstrip("/")
                 if file and (not names or posixpath.basename(file) in names):
+                    if not stays_inside(file):
+                        raise StoreError(f"{name} holds a file whose name leads out of it: {file!r}")
                     target = Path(copy) / file
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(filesystem.cat_file(path))

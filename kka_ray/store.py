@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kka_ray.errors import ResourceError, StoreError
+from kka_ray.files import stays_inside
 
 _MARKER = "committed.json"
 
@@ -92,8 +93,13 @@ class Output:
         return json.loads(self.read(f"{name}.json"))
 
     def download(self, folder: Path) -> Path:
-        """Copies every file into `folder`, in the same sub-folders, and returns it."""
+        """Copies every file into `folder`, in the same sub-folders, and returns it.
+
+        Raises StoreError if a file is missing or damaged, or its name leads out of the folder.
+        """
         for name in self.files:
+            if not stays_inside(name):
+                raise StoreError(f"{self.stage}/{self.key} in {self.store.uri} names a file outside of it: {name!r}")
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.read(name))

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kka_ray.cli import app
-from kka_ray.errors import AssetError, ConfigError, ResourceError
+from kka_ray.errors import AssetError, ConfigError, ResourceError, StoreError
 from kka_ray.housekeeping import collect
 from kka_ray.places import below, is_uri, opened
 from kka_ray.scoring import detector_folder
@@ -117,3 +117,10 @@ def test_verbs_say_what_is_missing_at_a_uri(folder: str) -> None:
     result = CliRunner().invoke(app, ["resume", f"{folder}/demo"])
     assert isinstance(result.exception, ConfigError)
     assert f"{folder}/demo holds no run" in str(result.exception)
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder.removeprefix("memory:/")
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "find", lambda self, path, **_: [f"{root}/../outside"])
+    with pytest.raises(StoreError, match="holds a file whose name leads out of it: '../outside'"), opened(folder):
+        pass

@@ -48,6 +48,14 @@ def test_a_remote_output_is_copied_once_and_the_copy_goes_with_the_store(tmp_pat
     assert not copy.exists()
 
 
+def test_a_file_whose_name_leads_out_of_the_output_is_refused(tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    made = store.get_or_make("stage", 1, {}, lambda a: a.write("../../outside", b"abc"))
+    with pytest.raises(StoreError, match=r"names a file outside of it: '\.\./\.\./outside'"):
+        made.download(tmp_path / "copy")
+    assert not (tmp_path / "outside").exists()
+
+
 def test_what_a_worker_reports_but_nobody_else_sees_is_explained(store: Store) -> None:
     key = store.get_or_make("stage", 1, {}, lambda a: a.json([], "x")).key
     assert store.reported("stage", key).key == key
