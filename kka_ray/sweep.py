@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -128,7 +127,7 @@ def _run(
         reference = make_reference(base, store, prepare(base, store), progress)
         note(f"reference: {len(reference.ids)} drawn anomalies, the same for all {len(sweep.trials)} trials")
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
-        parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params, output=Path(base.output))
+        parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params)
         # A trial's process has another current folder, so its paths are resolved here.
         trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
         job = _Job(trials, reference, uri, base.tracking.experiment, parent)
@@ -208,9 +207,8 @@ def run_trials(
 def run_trial(settings: dict[str, Any], job: _Job) -> None:
     """One trial, in a process of its own."""
     trial = job.trials[settings["trial"]]
-    output = Path(trial.config.output)
     mlflow_run = tracking.start_run(
-        job.tracking_uri, job.experiment, trial.config.name, trial.overrides, output=output, parent=job.parent
+        job.tracking_uri, job.experiment, trial.config.name, trial.overrides, parent=job.parent
     )
     try:
         # The champion's own run judges in the driver: with as many threads here, its stages are found in the store.

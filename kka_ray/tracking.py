@@ -13,9 +13,12 @@ from kka_ray.config.models import RunConfig
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+_SQLITE = "sqlite:///"
+
+
 def default_uri(output: Path) -> str:
     """A SQLite file beside the runs, for one machine only."""
-    return f"sqlite:///{output.resolve() / 'mlflow.db'}"
+    return f"{_SQLITE}{output.resolve() / 'mlflow.db'}"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -29,11 +32,8 @@ def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent:
     `parent` is the id of the run that this one belongs to, as in a sweep. The client is used, not the global active
     run, so that several runs can be written by one process.
     """
-    # Imported late: it takes seconds.
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri(config))
-    experiment = _experiment(client, config.tracking.experiment, None if config.tracking.uri else Path(config.output))
+    client = _client(tracking_uri(config))
+    experiment = _experiment(client, config.tracking.experiment, tracking_uri(config))
     tags = {"mlflow.runName": config.name, "kka.config_hash": str(summary["config_hash"])}
     if parent:
         tags["mlflow.parentRunId"] = parent
@@ -59,18 +59,13 @@ def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent:
     return str(run)
 
 
-def start_run(
-    uri: str, experiment: str, name: str, params: Mapping[str, Any], *, output: Path, parent: str | None = None
-) -> str:
+def start_run(uri: str, experiment: str, name: str, params: Mapping[str, Any], *, parent: str | None = None) -> str:
     """Opens an MLflow run and returns its id; `parent` is the run that it belongs to.
 
-    `uri` is given and not looked up, since a worker process knows nothing of its driver's tracking server. `output`
-    holds the artifacts of an experiment that is made here in the default SQLite file.
+    `uri` is given and not looked up, since a worker process knows nothing of its driver's tracking server.
     """
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    experiment_id = _experiment(client, experiment, output if uri == default_uri(output) else None)
+    client = _client(uri)
+    experiment_id = _experiment(client, experiment, uri)
     tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
     run = client.create_run(experiment_id, tags=tags).info.run_id
     for key, value in params.items():
@@ -80,27 +75,21 @@ def start_run(
 
 def log_metrics(uri: str, run: str, metrics: Mapping[str, float], step: int) -> None:
     """Adds metrics at a step to an open run."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
+    client = _client(uri)
     for key, value in metrics.items():
         client.log_metric(run, key, float(value), step=step)
 
 
 def log_artifact(uri: str, run: str, file: Path, folder: str) -> None:
     """Adds a file to an open run, under `folder`."""
-    from mlflow import MlflowClient
-
-    MlflowClient(uri).log_artifact(run, str(file), folder)
+    _client(uri).log_artifact(run, str(file), folder)
 
 
 def end_run(
     uri: str, run: str, metrics: Mapping[str, float], *, failed: bool = False, artifacts: Sequence[Path] = ()
 ) -> None:
     """Writes a run's metrics and artifacts and closes it."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
+    client = _client(uri)
     for key, value in metrics.items():
         client.log_metric(run, key, float(value))
     for path in artifacts:
@@ -124,10 +113,27 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield name, value
 
 
-def _experiment(client: Any, name: str, output: Path | None) -> str:
-    """The id of an experiment; where it is new and `output` is given, its artifacts go there."""
+def _client(uri: str) -> Any:
+    # Imported late: it takes seconds.
+    from mlflow import MlflowClient
+
+    folder = _folder(uri)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(uri)
+
+
+def _folder(uri: str) -> Path | None:
+    """Of a SQLite file; None for a server."""
+    return Path(uri.removeprefix(_SQLITE)).resolve().parent if uri.startswith(_SQLITE) else None
+
+
+def _experiment(client: Any, name: str, uri: str) -> str:
+    """The id of an experiment. The artifacts of a new one in a SQLite file go beside the file: MLflow would put them
+    into the current folder."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    location = (output.resolve() / "mlartifacts").as_uri() if output else None
+    folder = _folder(uri)
+    location = (folder / "mlartifacts").as_uri() if folder else None
     return str(client.create_experiment(name, artifact_location=location))

@@ -191,7 +191,7 @@ class Pool:
         return worker
 
     def _end(self, worker: _Worker) -> None:
-        """Ends an idle worker and gives a place of its own back."""
+        """Ends a worker and gives a place of its own back."""
         ray.kill(worker.actor)
         self._owner.pop(worker.loading, None)
         release(worker.group)

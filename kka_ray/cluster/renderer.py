@@ -204,7 +204,7 @@ class _Track:
         known = folder / _RUN
         if not known.is_file():
             values = dict(tracking.flatten(config.model_dump(mode="json", exclude={"cluster", "tracking"})))
-            run = tracking.start_run(self._uri, config.tracking.experiment, config.name, values, output=output)
+            run = tracking.start_run(self._uri, config.tracking.experiment, config.name, values)
             write_text(known, run)
         self._run = known.read_text()
 
