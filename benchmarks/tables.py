@@ -96,13 +96,14 @@ def detectors(result: Mapping[str, Any]) -> str:
         own = [row for row in rows if row["data"] == data]
         sources = [s for s in _SOURCES if any(row["source"] == s for row in own)]
         sources += [s for s in _distinct(own, "source") if s not in _SOURCES]
+        seeds = len({r["seed"] for r in own})
         table = [["detector", *(_SOURCES.get(s, s.replace("_", " ")) for s in sources), "fit, s", "ms an image"]]
         for detector in _distinct(own, "detector"):
             fits = [row for row in own if row["detector"] == detector]
-            cells = [_spread([r["auc"] for r in fits if r["source"] == s]) for s in sources]
+            cells = [_of_seeds([r["auc"] for r in fits if r["source"] == s], seeds) for s in sources]
             times = (statistics.median(r[k] for r in fits) for k in ("fit_seconds", "ms_per_image"))
             table.append([detector, *cells, *(f"{t:.1f}" for t in times)])
-        seeds, counts = len({r["seed"] for r in own}), sorted({r["count"] for r in own if r["count"]})
+        counts = sorted({r["count"] for r in own if r["count"]})
         given = f", {' or '.join(str(c) for c in counts)} anomalies" if counts else ""
         parts.append(f"### {data}\n\n{seeds} seeds{given}.\n\n{_table(table)}")
     return "\n".join(parts) + _at_32px(rows, result.get("at_32px", {}))
@@ -263,6 +264,13 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+
+
+def _of_seeds(values: list[float], seeds: int) -> str:
+    """As `_spread`, with the number of values where it is less than that of the seeds; of one there is no spread."""
+    if len(values) in (0, seeds):
+        return _spread(values)
+    return f"{_spread(values) if len(values) > 1 else format(values[0], '.4f')} ({len(values)})"
 
 
 def _table(rows: list[list[str]]) -> str:
