@@ -17,13 +17,13 @@ import numpy as np
 from kka_ray.config import load
 from kka_ray.config.models import RunConfig
 from kka_ray.data import flowers
-from kka_ray.detectors import build
 from kka_ray.detectors.tuned import TunedDetector
-from kka_ray.evaluation import metrics
+from kka_ray.evaluation import metrics, normal_views, takes
 from kka_ray.experiment import absolute, computing
 from kka_ray.features import views
 from kka_ray.features.base import Features
 from kka_ray.files import write_json
+from kka_ray.loop import budget
 from kka_ray.prepare import Prepared, bare, extract, prepare, test_set
 from kka_ray.store import Store
 
@@ -47,16 +47,15 @@ def measure(config: RunConfig, detectors: list[str], counts: list[int]) -> list[
     test = test_set(config, prepared.data, store)
     assert test is not None
     tested = extract(store, prepared.backbone, test, prepared.patches)
-    budget = int(config.loop.budget * prepared.count)
-    wanted = sorted({0, budget, *counts})
+    kept = budget(config.loop, prepared.count)
+    wanted = sorted({0, kept, *counts})
     images = anomalies(max(wanted), config.seed)
     rows = []
     for count in wanted:
         known, given = _given(config, prepared, store, images[:count])
         for kind in detectors:
             detector = next(d for d in config.detect.detectors if d.kind == kind)
-            made = build(detector)
-            if made.needs_anomalies if count == 0 else made.ignores_anomalies:
+            if not takes(detector, count > 0):
                 continue
             tuned = TunedDetector.fit(
                 detector,
@@ -68,7 +67,7 @@ def measure(config: RunConfig, detectors: list[str], counts: list[int]) -> list[
                 config.detect.false_positive_rate,
             )
             auc = metrics(tuned.score(tested).score, test.anomalous)["auc"]
-            rows.append({"detector": kind, "count": count, "budget": budget, "seed": config.seed, "auc": auc})
+            rows.append({"detector": kind, "count": count, "budget": kept, "seed": config.seed, "auc": auc})
             print(rows[-1], flush=True)
     return rows
 
@@ -79,16 +78,12 @@ def _given(
     """Training normals and anomalies, with the views that the demo gives them."""
     if not images:
         return prepared.train, None
-    each = config.detect.views
-    normals = prepared.normals.train.images
-    rounds = -(-each * len(images) // len(normals))
-    spread = np.linspace(0, len(normals) - 1, min(each * len(images), len(normals))).astype(int)
 
     def features(pictures: list[np.ndarray]) -> Features:
         return extract(store, prepared.backbone, bare(pictures), prepared.patches)
 
-    of_normals = features(views.views([normals[i] for i in spread], rounds, config.seed))
-    of_anomalies = features(views.views(images, each, config.seed))
+    of_normals = features(normal_views(config, prepared.normals.train.images, len(images)))
+    of_anomalies = features(views.views(images, config.detect.views, config.seed))
     return replace(prepared.train, views=of_normals), replace(features(images), views=of_anomalies)
 
 

@@ -123,7 +123,7 @@ def evaluate(
     `ahead` gives the job of the fits, if it was started before and is needed.
     """
     arms = _arms(config, store, prepared, loop)
-    wanted = sum(_wanted(d, a) for d in config.detect.detectors for a in arms) * config.detect.seeds
+    wanted = sum(takes(d, a.name != BASELINE) for d in config.detect.detectors for a in arms) * config.detect.seeds
     progress("detect", -1, 0, wanted)
     fits = _fit_all(config, store, prepared, loop, arms, lambda done: progress("detect", -1, done, wanted), ahead)
     progress("detect", -1, wanted, wanted)
@@ -226,16 +226,13 @@ def _arm(
     images: Sequence[np.ndarray],
     features: str,
 ) -> Arm:
-    return Arm(name, len(images), features, _put_views(config, store, prepared, images, config.detect.views))
+    shown = views.views(images, config.detect.views, config.seed)
+    return Arm(name, len(images), features, _put_views(store, prepared, shown))
 
 
-def _put_views(
-    config: RunConfig, store: Store, prepared: Prepared, images: Sequence[np.ndarray], count: int
-) -> str | None:
-    """Stores the features of `count` views of each image; None for none."""
-    if count == 0:
-        return None
-    return _extracted(store, prepared, bare(views.views(images, count, config.seed)))
+def _put_views(store: Store, prepared: Prepared, shown: list[np.ndarray]) -> str | None:
+    """Stores the features of views; None for none."""
+    return _extracted(store, prepared, bare(shown)) if shown else None
 
 
 def _extracted(store: Store, prepared: Prepared, images: ImageSet) -> str:
@@ -252,10 +249,10 @@ def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: l
     return store.get_or_make("features", FEATURES_VERSION, inputs, lambda a: write_features(a, features)).key
 
 
-def _wanted(config: Detector, arm: Arm) -> bool:
-    """Detectors that ignore anomalies have one arm, those that need them all but the first."""
+def takes(config: Detector, anomalies: bool) -> bool:
+    """Whether a detector is fitted with, or without, anomalies: some ignore them, some need them."""
     detector = build(config)
-    return not detector.needs_anomalies if arm.name == BASELINE else not detector.ignores_anomalies
+    return not detector.ignores_anomalies if anomalies else not detector.needs_anomalies
 
 
 def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:
@@ -275,12 +272,12 @@ def unseen_drawn_normals(config: RunConfig, loop: LoopResult) -> Features:
     return loop.normals.features.take(range(first, len(loop.normals.ids), step))
 
 
-def _normal_views(config: RunConfig, store: Store, prepared: Prepared, anomalies: int) -> str | None:
-    """As many views of normals as the largest anomaly set has, spread over the training normals."""
-    images, wanted = prepared.normals.train.images, config.detect.views * anomalies
-    rounds = -(-wanted // len(images)) if wanted else 0
-    picked = [images[i] for i in np.linspace(0, len(images) - 1, min(wanted, len(images))).astype(int)]
-    return _put_views(config, store, prepared, picked, rounds)
+def normal_views(config: RunConfig, normals: Sequence[np.ndarray], anomalies: int) -> list[np.ndarray]:
+    """As many views of normals as so many anomalies have, spread over the training normals."""
+    wanted = config.detect.views * anomalies
+    rounds = -(-wanted // len(normals)) if wanted else 0
+    picked = [normals[i] for i in np.linspace(0, len(normals) - 1, min(wanted, len(normals))).astype(int)]
+    return views.views(picked, rounds, config.seed)
 
 
 def _fit_all(
@@ -294,13 +291,14 @@ def _fit_all(
 ) -> dict[tuple[str, str, int], str]:
     """Keys of all fits by (detector, arm, seed), made where they are missing; `done` hears how many are there."""
     real_key, drawn_key = _train_keys(config, store, prepared, loop)
-    normal_views = _normal_views(config, store, prepared, max(arm.count for arm in arms))
+    shown = normal_views(config, prepared.normals.train.images, max(arm.count for arm in arms))
+    normals_key = _put_views(store, prepared, shown)
     validation_key = _extracted(store, prepared, prepared.normals.validation)
     fits: dict[tuple[str, str, int], str] = {}
     missing: list[dict[str, Any]] = []
     for detector in config.detect.detectors:
         for arm in arms:
-            if not _wanted(detector, arm):
+            if not takes(detector, arm.name != BASELINE):
                 continue
             train_key = drawn_key if arm.name in (ZEROTH, KKA) else real_key
             for seed in range(config.detect.seeds):
@@ -309,7 +307,7 @@ def _fit_all(
                     "train": train_key,
                     "validation": validation_key,
                     "anomalies": arm.features,
-                    "views": [normal_views, arm.views] if arm.views else None,
+                    "views": [normals_key, arm.views] if arm.views else None,
                     "weights": arm.weights,
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,

@@ -394,7 +394,7 @@ def _from_root(path: str) -> str:
 
 def _database(uri: str) -> str:
     """A tracking URI, a SQLite file made absolute."""
-    scheme = "sqlite:///"
+    scheme = tracking.SQLITE
     return scheme + _from_root(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
 
 

@@ -21,7 +21,7 @@ from kka_ray import assets, versions
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
 from kka_ray.cluster.streaming import Drawn, Pools, Streamer
-from kka_ray.config.models import ApiSampler, RunConfig
+from kka_ray.config.models import ApiSampler, LoopConfig, RunConfig
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
@@ -90,6 +90,12 @@ class LoopResult:
         return [where[id_] for id_ in ids]
 
 
+def budget(config: LoopConfig, normals: int) -> int:
+    """Images that are kept of so many normals (training and validation): the share of them, or the least number."""
+    # Never more than the share, but for what rounding does to the product.
+    return max(int(config.budget * normals + 1e-6), config.min_budget)
+
+
 class Loop:
     """One run of the method on prepared normals. The pools outlive its rounds."""
 
@@ -119,8 +125,7 @@ class Loop:
         self.streamer = Streamer(config, store, prepared, self.guard, pools)
         self._starts_ahead = ahead and config.cluster.mode == "disjoint"
         self._ahead: train.Ahead | None = None
-        # Never more than the share, but for what rounding does to the product.
-        self.budget = max(int(config.loop.budget * prepared.count + 1e-6), config.loop.min_budget)
+        self.budget = budget(config.loop, prepared.count)
 
     def run(self) -> LoopResult:
         """All rounds and the audit."""

@@ -13,12 +13,13 @@ from kka_ray.config.models import RunConfig
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
+"""How the URI of a SQLite file begins."""
 
 
 def default_uri(output: Path) -> str:
     """A SQLite file beside the runs, for one machine only."""
-    return f"{_SQLITE}{output.resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{output.resolve() / 'mlflow.db'}"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -125,7 +126,7 @@ def _client(uri: str) -> Any:
 
 def _folder(uri: str) -> Path | None:
     """Of a SQLite file; None for a server."""
-    return Path(uri.removeprefix(_SQLITE)).resolve().parent if uri.startswith(_SQLITE) else None
+    return Path(uri.removeprefix(SQLITE)).resolve().parent if uri.startswith(SQLITE) else None
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:

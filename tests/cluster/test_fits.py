@@ -40,7 +40,7 @@ def test_the_parts_of_all_workers_cover_a_batch_once(tmp_path):
 
 def test_a_fit_that_broke_off_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "CHECKPOINT_SECONDS", 0.0)
-    store, config = Store(str(tmp_path)), SimpleNet(epochs=4, batch=16)
+    store, config = Store(str(tmp_path)), SimpleNet(members=1, epochs=4, batch=16)
 
     class Breaking(SharedTraining):
         left = 6
@@ -54,7 +54,7 @@ def test_a_fit_that_broke_off_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         _scores(config, Breaking(store, "key"))
     assert sorted(p.name for p in (tmp_path / "fit" / "key" / "checkpoint").iterdir()) == [
-        "image.safetensors",
+        "image-0.safetensors",
         "patch.safetensors",
     ]
     again = Breaking(store, "key")
