@@ -113,6 +113,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.render.domain import save_reference
     from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.matching import train_matcher
+    from kka_ray.render.perceptual import Perceptual
     from kka_ray.render.training import Settings, Teacher, Trainer
     from kka_ray.render.training import train as train_network
 
@@ -131,8 +132,10 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     if config.distil_guidance:
         teacher = Teacher(copy.deepcopy(network).eval().requires_grad_(False), config.distil_guidance)
     identity = _identity(config) | {"data": data.identity()}
-    settings = Settings(**config.training.model_dump())
-    trainer = Trainer(network, settings, rank, world, identity=identity, teacher=teacher)
+    compared = config.training.perceptual
+    perceptual = None if compared is None else Perceptual.load(**compared.model_dump(), device=device)
+    settings = Settings(**config.training.model_dump(exclude={"perceptual"}))
+    trainer = Trainer(network, settings, rank, world, identity=identity, teacher=teacher, perceptual=perceptual)
     forward = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else None
 
     track = _Track(config, folder) if rank == 0 else None
@@ -250,6 +253,8 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
 def _card(config: RendererConfig, parameters: int, made_by: str) -> str:
     network, training = config.network, config.training
     way = "flow matching"
+    if training.perceptual:
+        way = "flow matching with a perceptual loss in EfficientNet-Lite0"
     if config.distil_guidance:
         way = f"distillation of its drawing with guidance {config.distil_guidance:g} into one evaluation a step"
     return (

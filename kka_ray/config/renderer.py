@@ -60,6 +60,14 @@ class NetworkConfig(Strict):
     word_slots: int = Field(8, ge=1)
 
 
+class PerceptualConfig(Strict):
+    """Comparison of predicted and true images in the maps of EfficientNet-Lite0, beside that of their pixels."""
+
+    weight: float = Field(0.1, gt=0, description="of the distance of the maps, beside the flow's loss")
+    image_size: int = Field(96, ge=32, description="side to which images are resized for the backbone, in pixels")
+    from_time: float = Field(0.3, ge=0, lt=1, description="noisier images than of this time are not compared; 0: none")
+
+
 class TrainingConfig(Strict):
     """Muon for the blocks' matrices and AdamW for the rest, with a warm-up and a linear final decay; an average of the
     weights is what is kept."""
@@ -71,6 +79,7 @@ class TrainingConfig(Strict):
     warmup: int = Field(100, ge=0)
     decay_from: float = Field(0.7, gt=0, le=1)
     drop_text: float = Field(0.1, ge=0, lt=1)
+    perceptual: PerceptualConfig | None = Field(None, description="by default images are compared by pixels alone")
     ema: float = Field(0.998, gt=0, lt=1)
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(200, ge=1)

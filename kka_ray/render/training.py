@@ -21,6 +21,7 @@ from torch import Tensor
 from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
 from kka_ray.errors import ConfigError
 from kka_ray.features.text import TextEncoder
+from kka_ray.render.perceptual import Perceptual
 from kka_ray.render.transformer import FlowTransformer
 
 CHECKPOINT = "training.safetensors"
@@ -153,11 +154,12 @@ def flow_loss(
     mask: Tensor,
     generator: torch.Generator,
     teacher: Teacher | None = None,
-) -> Tensor:
-    """Mean squared error of the velocity, times drawn from a logit-normal; images (B, 3, S, S) in [-1, 1].
+    perceptual: Perceptual | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the velocity, times drawn from a logit-normal, and the weighted perceptual distance.
 
-    With a teacher its prediction takes the place of the image. Noise and times are drawn on the CPU, wherever the
-    network is.
+    images: (B, 3, S, S) in [-1, 1]. With a teacher its prediction takes the place of the image. Without `perceptual`
+    its distance is 0. Noise and times are drawn on the CPU, wherever the network is.
     """
     device = next(network.parameters()).device
     noise = torch.randn(images.shape, generator=generator)
@@ -169,7 +171,8 @@ def flow_loss(
         images = teacher(noisy, time_, text, mask)
     clean = network(noisy, time_, text, mask)
     # The velocity is (clean - noisy) / (1 - t); the floor keeps the last steps from ruling the loss.
-    return (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
+    flow = (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
+    return flow, perceptual(clean, images, time_) if perceptual else torch.zeros_like(flow)
 
 
 def check_checkpoint(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -205,8 +208,10 @@ class Trainer:
         world: int = 1,
         identity: Mapping[str, Any] | None = None,
         teacher: Teacher | None = None,
+        perceptual: Perceptual | None = None,
     ) -> None:
-        self.network, self.settings, self.rank, self.world, self.teacher = network, settings, rank, world, teacher
+        self.network, self.settings, self.rank, self.world = network, settings, rank, world
+        self.teacher, self.perceptual = teacher, perceptual
         self.identity = dict(identity or {})
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
@@ -219,8 +224,10 @@ class Trainer:
         self._rates = (settings.matrix_rate, settings.learning_rate)
         self.step = 0
 
-    def train_step(self, data: TrainingData, forward: torch.nn.Module | None = None) -> float:
-        """One optimiser step on this rank's share of the batch; returns the loss.
+    def train_step(self, data: TrainingData, forward: torch.nn.Module | None = None) -> dict[str, float]:
+        """One optimiser step on this rank's share of the batch.
+
+        Returns the flow's `loss` and, if there is one, the weighted `perceptual` distance that was added to it.
 
         `forward` is the network as wrapped for data-parallel training, by default the network itself.
         """
@@ -243,10 +250,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         with torch.autocast(self.network.device.type, torch.bfloat16):
-            loss = flow_loss(self.network if forward is None else forward, images, text, mask, generator, self.teacher)
+            flow, distance = flow_loss(
+                self.network if forward is None else forward,
+                images,
+                text,
+                mask,
+                generator,
+                self.teacher,
+                self.perceptual,
+            )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        (flow + distance).backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -255,7 +270,8 @@ class Trainer:
             weight = min(settings.ema, (1 + self.step) / (10 + self.step))
             for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(new, 1 - weight)
-        return float(loss.detach())
+        losses = {"loss": float(flow.detach())}
+        return losses | ({"perceptual": float(distance.detach())} if self.perceptual else {})
 
     def save(self, folder: Path) -> None:
         """Everything that a resumed training needs, as safetensors."""
@@ -292,19 +308,20 @@ def train(
 ) -> FlowTransformer:
     """Trains to `settings.steps`, saving checkpoints into `folder` and resuming from one that is there.
 
-    `report` gets step, loss (a mean since the last report, of this rank), learning rate and images a second every 50
-    steps. With several ranks `forward` is the network as wrapped for them, and the first one saves and calls
-    `sample` with the averaged network and the step every `sample_every` steps. Returns the averaged network. Raises
-    ConfigError if the checkpoint is of another training, FloatingPointError if the loss is not finite.
+    `report` gets step, `train_step`'s losses (means since the last report, of this rank), learning rate and images a
+    second every 50 steps. With several ranks `forward` is the network as wrapped for them, and the first one saves and
+    calls `sample` with the averaged network and the step every `sample_every` steps. Returns the averaged network.
+    Raises ConfigError if the checkpoint is of another training, FloatingPointError if the loss is not finite.
     """
     if (folder / CHECKPOINT).is_file():
         trainer.load(folder)
-    settings, losses, since = trainer.settings, [], time.perf_counter()
+    settings, losses, since = trainer.settings, list[dict[str, float]](), time.perf_counter()
     while trainer.step < settings.steps:
         losses.append(trainer.train_step(data, forward))
-        if not math.isfinite(losses[-1]):
+        loss = sum(losses[-1].values())
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss became {losses[-1]} at step {trainer.step}; begin again under another name, with a lower "
+                f"the loss became {loss} at step {trainer.step}; begin again under another name, with a lower "
                 "learning rate"
             )
         if trainer.step % 50 == 0:
@@ -312,7 +329,7 @@ def train(
             report(
                 {
                     "step": trainer.step,
-                    "loss": float(np.mean(losses)),
+                    **{name: float(np.mean([row[name] for row in losses])) for name in losses[0]},
                     "learning_rate": settings.learning_rate * rate_factor(trainer.step, settings),
                     "images_per_second": len(losses) * settings.batch / seconds,
                 }
