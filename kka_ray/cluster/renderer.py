@@ -110,11 +110,12 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
 
     from kka_ray.features.backbone import Backbone
     from kka_ray.features.text import TextEncoder
+    from kka_ray.render.distillation import Teacher
     from kka_ray.render.domain import save_reference
     from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.matching import train_matcher
     from kka_ray.render.perceptual import Perceptual
-    from kka_ray.render.training import Settings, Teacher, Trainer
+    from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
 
     config, folder = arguments["config"], Path(arguments["folder"])
@@ -129,8 +130,8 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     device = train.device(config.cluster)
     network = _network(config).to(device)
     teacher = None
-    if config.distil_guidance:
-        teacher = Teacher(copy.deepcopy(network).eval().requires_grad_(False), config.distil_guidance)
+    if config.distil:
+        teacher = Teacher(copy.deepcopy(network).eval().requires_grad_(False), **config.distil.model_dump())
     identity = _identity(config) | {"data": data.identity()}
     compared = config.training.perceptual
     perceptual = None if compared is None else Perceptual.load(**compared.model_dump(), device=device)
@@ -146,7 +147,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
 
     def sample(average: FlowTransformer, step: int) -> None:
         assert track
-        track.picture(draw_samples(average, config.samples, config.distil_guidance), step)
+        track.picture(draw_samples(average, config.samples, teacher), step)
 
     checkpoints = folder / "checkpoint"
     every = config.samples_every
@@ -154,7 +155,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     if track:
         track.end()
         card = _card(config, sum(p.numel() for p in network.parameters()), arguments["made_by"])
-        target = export_pipeline(average, folder / "pipeline", card, config.distil_guidance)
+        target = export_pipeline(average, folder / "pipeline", card, teacher)
         backbone = Backbone.load(BackboneConfig())
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
@@ -171,7 +172,8 @@ def _identity(config: RendererConfig) -> dict[str, Any]:
     # Without defaults, as those that another version adds change nothing.
     sources = [source.model_dump(mode="json", exclude_defaults=True) for source in config.sources]
     start = None if config.start is None else assets.resolve(config.start).identity
-    return settings | {"sources": sources, "start": start, "distil_guidance": config.distil_guidance}
+    distil = config.distil and config.distil.model_dump()
+    return settings | {"sources": sources, "start": start, "distil": distil}
 
 
 def _network(config: RendererConfig) -> FlowTransformer:
@@ -255,8 +257,11 @@ def _card(config: RendererConfig, parameters: int, made_by: str) -> str:
     way = "flow matching"
     if training.perceptual:
         way = "flow matching with a perceptual loss in EfficientNet-Lite0"
-    if config.distil_guidance:
-        way = f"distillation of its drawing with guidance {config.distil_guidance:g} into one evaluation a step"
+    if config.distil:
+        way = (
+            f"distillation: it draws in {config.distil.steps} evaluations what that draws in "
+            f"{config.distil.steps * config.distil.substeps} steps with guidance {config.distil.guidance:g}"
+        )
     return (
         f"# {config.name}\n\nA text-to-image diffusion transformer of {parameters / 1e6:.1f} M parameters, "
         f"{network.image_size} px in patches of {network.patch}, conditioned on MiniLM, trained from "

@@ -85,6 +85,14 @@ class TrainingConfig(Strict):
     checkpoint_every: int = Field(200, ge=1)
 
 
+class DistilConfig(Strict):
+    """Distillation of many guided steps, of two evaluations each, into a few of one."""
+
+    guidance: float = Field(2.5, ge=1, description="with which `start` draws, and the student then as if")
+    steps: int = Field(3, ge=1, description="in which the student draws")
+    substeps: int = Field(4, ge=1, description="steps of `start` for each of them")
+
+
 class RendererConfig(Strict):
     """A training of the built-in text-to-image network."""
 
@@ -96,9 +104,7 @@ class RendererConfig(Strict):
     start: str | None = Field(
         None, description="renderer whose weights a new training begins with: builtin: or a folder; by default random"
     )
-    distil_guidance: float | None = Field(
-        None, gt=1, description="learn to draw in one evaluation a step what `start` draws in two with this guidance"
-    )
+    distil: DistilConfig | None = Field(None, description="learn to draw in a few steps what `start` draws in many")
     training: TrainingConfig
     captions: int = Field(1, ge=1, description="captions made for each photograph; each step draws one")
     samples: tuple[str, ...] = Field((), description="texts that are drawn as the training goes on, to look at")
@@ -111,6 +117,6 @@ class RendererConfig(Strict):
 
     @model_validator(mode="after")
     def _a_teacher_is_there(self) -> RendererConfig:
-        if self.distil_guidance is not None and self.start is None:
-            raise ValueError("distil_guidance needs a renderer to learn from: set start")
+        if self.distil is not None and self.start is None:
+            raise ValueError("distil needs a renderer to learn from: set start")
         return self

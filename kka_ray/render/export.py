@@ -13,35 +13,32 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from kka_ray.errors import AssetError
-from kka_ray.render.pipeline import GUIDANCE, KkaFlowPipeline
+from kka_ray.render.distillation import Teacher
+from kka_ray.render.pipeline import GUIDANCE, SHIFT, STEPS, KkaFlowPipeline
 from kka_ray.render.transformer import FlowTransformer
 
 SAMPLES = 8
 """Pictures of a text in a grid of samples."""
-SHIFT = 3.0
-"""Of the scheduler: with few steps more of them belong where there is much noise (measured on 4 to 10)."""
 MAX_BYTES = 25 * 2**20
 """What a folder of shipped weights may hold at most."""
 
 
-def draw_samples(
-    network: FlowTransformer, texts: Sequence[str], distilled_guidance: float | None = None
-) -> Image.Image:
-    """A grid with a row a text: `SAMPLES` pictures drawn by the network with the pipeline's defaults, always on the
-    same seeds."""
-    pipeline = _pipeline(network, distilled_guidance)
+def draw_samples(network: FlowTransformer, texts: Sequence[str], teacher: Teacher | None = None) -> Image.Image:
+    """A grid with a row a text: `SAMPLES` pictures drawn by the network with the pipeline's defaults, or as its teacher
+    would have it, always on the same seeds."""
+    pipeline = _pipeline(network, teacher)
     pipeline.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(seed) for _ in texts for seed in range(SAMPLES)]
     rows = [text for text in texts for _ in range(SAMPLES)]
-    guidance = distilled_guidance or GUIDANCE
-    (pictures,) = pipeline(rows, guidance_scale=guidance, generator=seeds, return_dict=False)
+    steps, guidance = (teacher.steps, teacher.guidance) if teacher else (STEPS, GUIDANCE)
+    (pictures,) = pipeline(rows, steps, guidance, generator=seeds, return_dict=False)
     return make_image_grid(pictures, rows=len(texts), cols=SAMPLES)
 
 
-def export_pipeline(average: FlowTransformer, target: Path, card: str, distilled_guidance: float | None = None) -> Path:
+def export_pipeline(average: FlowTransformer, target: Path, card: str, teacher: Teacher | None = None) -> Path:
     """Writes `target` as a diffusers pipeline in float16 safetensors, with `card` as its README.md.
 
-    `average` (the averaged network of a training) stays as it is. `distilled_guidance`: see `KkaFlowPipeline`.
+    `average` (the averaged network of a training) stays as it is; `teacher` is what it was distilled from, if it was.
     Whatever was in `target` is replaced. Raises AssetError, leaving nothing behind, if the folder would exceed
     `MAX_BYTES`.
     """
@@ -49,7 +46,7 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str, distilled
     if partial.exists():
         shutil.rmtree(partial)
     halved = copy.deepcopy(average).cpu().half()
-    _pipeline(halved, distilled_guidance).save_pretrained(partial, safe_serialization=True)
+    _pipeline(halved, teacher).save_pretrained(partial, safe_serialization=True)
     (partial / "README.md").write_text(card)
     size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size > MAX_BYTES:
@@ -64,6 +61,9 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str, distilled
     return target
 
 
-def _pipeline(network: FlowTransformer, distilled_guidance: float | None) -> KkaFlowPipeline:
+def _pipeline(network: FlowTransformer, teacher: Teacher | None) -> KkaFlowPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    return KkaFlowPipeline(network, scheduler, second_order=True, distilled_guidance=distilled_guidance)
+    if teacher is None:
+        return KkaFlowPipeline(network, scheduler, second_order=True)
+    # The teacher's second order is in what the student has learnt.
+    return KkaFlowPipeline(network, scheduler, distilled_guidance=teacher.guidance, distilled_steps=teacher.steps)

@@ -24,8 +24,12 @@ from kka_ray.render.transformer import FlowTransformer
 if TYPE_CHECKING:
     from kka_ray.features.text import TextEncoder
 
-GUIDANCE = 2.5
+STEPS, GUIDANCE = 20, 2.5
 """Of images that are drawn without saying how."""
+
+SHIFT = 3.0
+"""Of the scheduler that a trained network is saved with: with few steps more of them belong where there is much noise
+(measured on 4 to 10)."""
 
 TREND = 0.5
 """Share of the clean image's trend over the last step that the second-order sampler carries on. Guidance makes the
@@ -43,8 +47,8 @@ class KkaFlowPipeline(DiffusionPipeline):
         scheduler: takes the Euler steps. Its `shift` puts more of them where there is much noise.
         second_order: a step assumes that the clean image goes on changing as it did over the step before, not that it
             stays: 4 steps then come as near to many as 10 do otherwise.
-        distilled_guidance: the network's own predictions are guided so: it draws with this guidance and no other, in
-            one evaluation a step instead of two.
+        distilled_guidance, distilled_steps: the network has learnt to draw as another does with this guidance, and that
+            in so many steps of one evaluation each. It draws so, from noise, and in no other way.
         text_encoder: reference of the MiniLM model (`kka_ray.assets`); it is loaded when first needed and is not
             saved with the pipeline.
     """
@@ -58,11 +62,15 @@ class KkaFlowPipeline(DiffusionPipeline):
         text_encoder: str = "builtin:minilm-l6-v2",
         second_order: bool = False,
         distilled_guidance: float | None = None,
+        distilled_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            text_encoder=text_encoder, second_order=second_order, distilled_guidance=distilled_guidance
+            text_encoder=text_encoder,
+            second_order=second_order,
+            distilled_guidance=distilled_guidance,
+            distilled_steps=distilled_steps,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=transformer.config.patch)
         self.mask_processor = VaeImageProcessor(
@@ -90,7 +98,7 @@ class KkaFlowPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str],
-        num_inference_steps: int = 20,
+        num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         generator: torch.Generator | list[torch.Generator] | None = None,
         image: PipelineImageInput | None = None,
@@ -106,8 +114,8 @@ class KkaFlowPipeline(DiffusionPipeline):
         Args:
             prompt: texts; tokens beyond the transformer's `max_text_tokens` are cut off.
             num_inference_steps: Euler steps from noise to image, at least 1; image-to-image takes the share `strength`.
-            guidance_scale: classifier-free guidance; 1 switches it off and halves the work. With `distilled_guidance`
-                only that.
+            guidance_scale: classifier-free guidance; 1 switches it off and halves the work. A distilled network takes
+                the steps and the guidance that it was distilled for.
             generator: one for all images or one an image.
             image: photographs to start from, one a prompt: PIL, or float arrays in [0, 1]; resized to `image_size`.
             strength: how much of a photograph is forgotten, in (0, 1]; the flow starts at time 1 - strength.
@@ -120,10 +128,7 @@ class KkaFlowPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check(prompts, num_inference_steps, generator, image, strength, mask_image, (height, width))
-        if self.config.distilled_guidance not in (None, guidance_scale):
-            raise ValueError(
-                f"this network draws with guidance {self.config.distilled_guidance:g} alone, got {guidance_scale:g}"
-            )
+        self.check_distilled(num_inference_steps, guidance_scale, edits=image is not None)
         size, device = self.image_size, self._execution_device
         text, mask = self.encode(prompts)
         noise = randn_tensor((len(prompts), 3, size, size), generator=generator, device=device, dtype=torch.float32)
@@ -139,6 +144,19 @@ class KkaFlowPipeline(DiffusionPipeline):
 
         drawn = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+
+    def check_distilled(self, steps: int, guidance: float | None, *, edits: bool) -> None:
+        """Raises ValueError if the network was distilled to draw otherwise; guidance None is whatever it draws with."""
+        wanted = self.config.distilled_steps, self.config.distilled_guidance
+        if wanted[0] is None:
+            return
+        if edits:
+            raise ValueError("a distilled network draws from noise alone and edits no photographs: take its teacher")
+        if wanted != (steps, wanted[1] if guidance is None else guidance):
+            raise ValueError(
+                f"this network was distilled to draw in {wanted[0]} steps with guidance {wanted[1]:g}, not in {steps} "
+                f"steps with guidance {guidance}"
+            )
 
     def _flow(
         self,
@@ -164,7 +182,7 @@ class KkaFlowPipeline(DiffusionPipeline):
             return (1 - sigma) * photograph + sigma * noise
 
         state = noise if photograph is None else known(sigmas[0])
-        guided = guidance != 1 and self.config.distilled_guidance is None
+        guided = guidance != 1 and self.config.distilled_steps is None
         if guided:
             # The rows without text follow those with it, in one batch.
             text, text_mask = torch.cat([text, text]), torch.cat([text_mask, torch.zeros_like(text_mask)])
@@ -179,7 +197,7 @@ class KkaFlowPipeline(DiffusionPipeline):
                     with_text, without = clean.chunk(2)
                     clean = without + guidance * (with_text - without)
                 if self.config.second_order:
-                    clean, before = _carried_on(clean, before, sigmas, i), clean
+                    clean, before = carried_on(clean, before, sigmas, i), clean
                 state = self.scheduler.step((state - clean) / sigma, timestep, state, return_dict=False)[0]
                 if mask is not None:
                     state = torch.where(mask > 0.5, state, known(sigmas[i + 1]))
@@ -232,7 +250,7 @@ class KkaFlowPipeline(DiffusionPipeline):
             raise ValueError(f"this pipeline draws {self.image_size} x {self.image_size} px only, got {size}")
 
 
-def _carried_on(clean: Tensor, before: Tensor | None, sigmas: list[float], i: int) -> Tensor:
+def carried_on(clean: Tensor, before: Tensor | None, sigmas: list[float], i: int) -> Tensor:
     """The constant clean image whose Euler step equals the exact step with one that changes linearly in sigma.
 
     `before` is the clean image at the step before; the change since then goes on by the share `TREND`.

@@ -24,7 +24,7 @@ from kka_ray.features.device import compute_dtype
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.pipeline import KkaFlowPipeline
 
-VERSION = 2
+VERSION = 3
 """Goes into the store's keys; raised when drawing changes."""
 
 
@@ -76,6 +76,13 @@ class Renderer:
         size = _size(pipeline, config)
         renderer = cls(pipeline, config, identity, device, size)
         renderer._check_arguments()
+        if built_in:
+            try:
+                pipeline.check_distilled(config.steps, config.guidance, edits=config.mode == "img2img")
+            except ValueError as error:
+                raise ConfigError(
+                    f"{config.pipeline}: {error}; see render.steps, render.guidance, render.mode"
+                ) from error
         return renderer
 
     def draw(

@@ -21,6 +21,7 @@ from torch import Tensor
 from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
 from kka_ray.errors import ConfigError
 from kka_ray.features.text import TextEncoder
+from kka_ray.render.distillation import Teacher
 from kka_ray.render.perceptual import Perceptual
 from kka_ray.render.transformer import FlowTransformer
 
@@ -128,25 +129,6 @@ def rate_factor(step: int, settings: Settings) -> float:
     return 1 - 0.99 * (step - start) / max(settings.steps - start, 1)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A trained network whose guided prediction another learns to make in one evaluation instead of two.
-
-    After Meng et al., "On Distillation of Guided Diffusion Models", 2023, with one guidance instead of a range.
-    """
-
-    network: FlowTransformer
-    guidance: float
-
-    @torch.no_grad()
-    def __call__(self, noisy: Tensor, time: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """The clean images (B, 3, S, S) as guided drawing has them; a row without text is not guided. float32."""
-        both = torch.cat([mask, torch.zeros_like(mask)])
-        clean = self.network(torch.cat([noisy, noisy]), torch.cat([time, time]), torch.cat([text, text]), both)
-        with_text, without = clean.float().chunk(2)
-        return without + self.guidance * (with_text - without)
-
-
 def flow_loss(
     network: torch.nn.Module,
     images: Tensor,
@@ -158,20 +140,23 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean squared error of the velocity, times drawn from a logit-normal, and the weighted perceptual distance.
 
-    images: (B, 3, S, S) in [-1, 1]. With a teacher its prediction takes the place of the image. Without `perceptual`
-    its distance is 0. Noise and times are drawn on the CPU, wherever the network is.
+    images: (B, 3, S, S) in [-1, 1]. With a teacher the states of its drawing of the texts are in the place of noisy
+    images. Without `perceptual` its distance is 0. Noise and times are drawn on the CPU, wherever the network is.
     """
     device = next(network.parameters()).device
     noise = torch.randn(images.shape, generator=generator)
-    time_ = torch.sigmoid(torch.randn(len(images), generator=generator) - 0.4)
-    at = time_[:, None, None, None]
-    noisy = at * images + (1 - at) * noise
-    noisy, images, at, time_, text, mask = (x.to(device) for x in (noisy, images, at, time_, text, mask))
+    text, mask = text.to(device), mask.to(device)
     if teacher:
-        images = teacher(noisy, time_, text, mask)
+        noisy, time_, images = teacher(noise.to(device), text, mask)
+        text, mask = text.repeat(teacher.steps, 1, 1), mask.repeat(teacher.steps, 1)
+    else:
+        time_ = torch.sigmoid(torch.randn(len(images), generator=generator) - 0.4)
+        at = time_[:, None, None, None]
+        noisy, images, time_ = (x.to(device) for x in (at * images + (1 - at) * noise, images, time_))
     clean = network(noisy, time_, text, mask)
     # The velocity is (clean - noisy) / (1 - t); the floor keeps the last steps from ruling the loss.
-    flow = (((clean.float() - images) / (1 - at).clamp_min(0.05)) ** 2).mean()
+    left = (1 - time_[:, None, None, None]).clamp_min(0.05)
+    flow = (((clean.float() - images) / left) ** 2).mean()
     return flow, perceptual(clean, images, time_) if perceptual else torch.zeros_like(flow)
 
 

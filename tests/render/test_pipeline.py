@@ -253,18 +253,3 @@ def test_minilm_texts_do_not_depend_on_their_neighbours(monkeypatch: pytest.Monk
     assert alone.shape == (1, 16, 384)
     assert int(mask.sum()) == 4
     torch.testing.assert_close(alone[0], among[1], rtol=0, atol=0)
-
-
-def test_a_network_with_distilled_guidance_is_evaluated_once_a_step(tmp_path: Path) -> None:
-    export_pipeline(tiny.flow_transformer(), tmp_path / "fast", "# card", distilled_guidance=2.5)
-    fast = KkaFlowPipeline.from_pretrained(tmp_path / "fast")
-    fast.set_progress_bar_config(disable=True)
-    rows: list[int] = []
-    fast.transformer.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
-    once = draw(fast, ["a red rose"], (1,), guidance_scale=2.5)
-    assert rows == [1, 1, 1]
-    plain = KkaFlowPipeline(**fast.components, second_order=True)
-    plain.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(once, draw(plain, ["a red rose"], (1,), guidance_scale=1.0))
-    with pytest.raises(ValueError, match=r"guidance 2\.5 alone, got 4"):
-        draw(fast, ["a red rose"], (1,), guidance_scale=4.0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kka_ray.errors import ConfigError
 from kka_ray.render import KkaFlowPipeline
-from kka_ray.render.training import CHECKPOINT, Settings, Teacher, Trainer, TrainingData, rate_factor, train
+from kka_ray.render.training import CHECKPOINT, Settings, Trainer, TrainingData, rate_factor, train
 from kka_ray.render.transformer import FlowTransformer
 from tests.render import tiny
 
@@ -109,27 +109,6 @@ def test_a_resumed_training_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: 
     for part in ("network", "average"):
         want, got = getattr(whole, part).state_dict(), getattr(second, part).state_dict()
         assert all(torch.equal(want[name], got[name]) for name in want)
-
-
-def test_a_student_learns_to_draw_with_guidance_in_one_evaluation() -> None:
-    teacher = Teacher(tiny.flow_transformer(), 2.5)
-    learner = trainer(120, drop_text=0.0, learning_rate=1e-3)
-    learner.teacher = teacher
-    text, mask = data().text(torch.arange(16))
-    noisy, time = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 0.8, 16)
-    wanted = teacher(noisy, time, text, mask)
-    plain = teacher.network(noisy, time, text, mask)
-    assert torch.allclose(wanted - plain, 1.5 * (plain - teacher.network(noisy, time, text, mask & False)), atol=1e-4)
-
-    def error() -> float:
-        with torch.no_grad():
-            return float((learner.network(noisy, time, text, mask) - wanted).square().mean())
-
-    before = error()
-    while learner.step < 120:
-        learner.train_step(data())
-    assert error() < 0.5 * before
-    assert torch.equal(teacher.network.patch_in.weight, tiny.flow_transformer().patch_in.weight), "the teacher stays"
 
 
 class _Recorder(torch.nn.Module):

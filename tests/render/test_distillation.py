@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from kka_ray.config.models import RenderConfig
+from kka_ray.errors import ConfigError
+from kka_ray.render import KkaFlowPipeline
+from kka_ray.render.distillation import Teacher, schedule
+from kka_ray.render.export import draw_samples, export_pipeline
+from kka_ray.render.pipeline import SHIFT
+from kka_ray.render.renderer import Renderer
+from kka_ray.render.training import Settings, Trainer, TrainingData
+from kka_ray.render.transformer import FlowTransformer
+from tests.render import tiny
+
+pytestmark = pytest.mark.usefixtures("fake_text")
+TEXTS = ["a red rose", "two blue cars"]
+
+
+def teacher() -> Teacher:
+    return Teacher(tiny.flow_transformer(), guidance=2.5, steps=2, substeps=3)
+
+
+def noise() -> torch.Tensor:
+    return torch.cat([torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+
+
+def draw(network: FlowTransformer, steps: int, guidance: float, *, second_order: bool) -> torch.Tensor:
+    """The pictures (2, 3, 32, 32) that the pipeline makes of `noise()`, in 0..1 and float32."""
+    pipeline = KkaFlowPipeline(network, FlowMatchEulerDiscreteScheduler(shift=SHIFT), second_order=second_order)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.autocast_dtype = torch.float32
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    settings: dict[str, Any] = {"generator": generators, "output_type": "pt", "return_dict": False}
+    return pipeline(TEXTS, steps, guidance, **settings)[0]
+
+
+def test_the_images_lead_in_a_few_steps_to_where_many_guided_ones_end() -> None:
+    guide = teacher()
+    text, mask = tiny.FakeTextEncoder().tokens(TEXTS)
+    states, times, images = guide(noise(), text, mask)
+    assert states.shape == images.shape == (4, 3, 32, 32)
+    sigmas = schedule(2)
+    assert times.tolist() == pytest.approx([0, 0, 1 - sigmas[1], 1 - sigmas[1]])
+    torch.testing.assert_close(states[:2], noise())
+    kept = sigmas[1] / sigmas[0]
+    torch.testing.assert_close(states[2:], kept * states[:2] + (1 - kept) * images[:2])
+    many = draw(guide.network, 6, 2.5, second_order=True)
+    torch.testing.assert_close((images[2:] / 2 + 0.5).clamp(0, 1), many, atol=2e-4, rtol=0)
+
+
+def test_a_student_learns_to_draw_in_two_steps_what_its_teacher_draws_in_six() -> None:
+    guide = teacher()
+    encoder: Any = tiny.FakeTextEncoder()
+    data = TrainingData.encode(np.zeros((2, 32, 32, 3), np.uint8), [(text,) for text in TEXTS], encoder, 16)
+    settings = Settings(steps=150, batch=16, warmup=5, learning_rate=1e-3, matrix_rate=0.01, drop_text=0, ema=0.9)
+    learner = Trainer(tiny.flow_transformer(), settings, teacher=guide)
+    wanted = draw(guide.network, 6, 2.5, second_order=True)
+
+    def error() -> float:
+        return float((draw(learner.average, 2, 1.0, second_order=False) - wanted).square().mean())
+
+    before = error()
+    while learner.step < settings.steps:
+        learner.train_step(data)
+    assert error() < 0.3 * before
+    assert torch.equal(guide.network.patch_in.weight, tiny.flow_transformer().patch_in.weight), "the teacher stays"
+
+
+def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_path: Path) -> None:
+    export_pipeline(tiny.flow_transformer(), tmp_path / "fast", "# card", teacher())
+    config = {"pipeline": str(tmp_path / "fast"), "steps": 2, "guidance": 2.5, "dtype": "float32"}
+    renderer = Renderer.load(RenderConfig(**config), threads=1)
+    rows: list[int] = []
+    renderer._pipeline.transformer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    (first, second) = renderer.draw(TEXTS, [1, 2])
+    assert rows == [2, 2], "one evaluation a step"
+    plain = draw(tiny.flow_transformer(), 2, 1.0, second_order=False).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.stack([first, second]) / 255 - plain).max() < 0.01
+    for other in ({"steps": 3}, {"guidance": 4.0}, {"mode": "img2img"}):
+        with pytest.raises(ConfigError, match=r"distilled .*render\.steps"):
+            Renderer.load(RenderConfig(**config | other), threads=1)
+    samples = draw_samples(tiny.flow_transformer(), ["a red rose"], teacher())
+    assert samples.size == (8 * 32, 32)
