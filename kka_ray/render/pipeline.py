@@ -81,7 +81,8 @@ class KkaFlowPipeline(DiffusionPipeline):
             resample="nearest",
         )
         self.autocast_dtype: torch.dtype | None = None
-        """What matrix products are computed in; None takes bfloat16 where the device has it, else float32."""
+        """What matrix products are computed in; None takes bfloat16 where the device has it, else float32. Weights in
+        another type than float32 are computed with as they are, throughout: faster, and with more rounding."""
         self._encoder: TextEncoder | None = None
 
     @property
@@ -186,13 +187,16 @@ class KkaFlowPipeline(DiffusionPipeline):
         if guided:
             # The rows without text follow those with it, in one batch.
             text, text_mask = torch.cat([text, text]), torch.cat([text_mask, torch.zeros_like(text_mask)])
+        weights = self.transformer.dtype
+        text = text.to(weights)
         dtype = self.autocast_dtype or compute_dtype("auto", device)
         # One autocast for all steps: the weights are converted once.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=weights == torch.float32 != dtype):
             for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 sigma = sigmas[i]
                 time = torch.full((len(text),), 1 - sigma, device=device)
-                clean = self.transformer(torch.cat([state, state]) if guided else state, time, text, text_mask).float()
+                noisy = (torch.cat([state, state]) if guided else state).to(weights)
+                clean = self.transformer(noisy, time, text, text_mask).float()
                 if guided:
                     with_text, without = clean.chunk(2)
                     clean = without + guidance * (with_text - without)

@@ -24,7 +24,7 @@ from kka_ray.features.device import compute_dtype
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.pipeline import KkaFlowPipeline
 
-VERSION = 3
+VERSION = 4
 """Goes into the store's keys; raised when drawing changes."""
 
 
@@ -64,8 +64,10 @@ class Renderer:
         built_in = index["_class_name"] == KkaFlowPipeline.__name__
         dtype = compute_dtype(config.dtype, torch.device(device))
         with _no_progress_bars():
-            # The built-in network keeps its weights in float32 and computes in `dtype` by autocast.
-            pipeline = _load(config, model.path, index, torch.float32 if built_in else dtype)
+            # The built-in network keeps its weights in float32 and computes in `dtype` by autocast: guidance makes much
+            # of rounding. One that was distilled has none to compute.
+            by_autocast = built_in and not index.get("distilled_steps")
+            pipeline = _load(config, model.path, index, torch.float32 if by_autocast else dtype)
             pipeline = _for_mode(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)

@@ -83,6 +83,10 @@ def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_p
     assert rows == [2, 2], "one evaluation a step"
     plain = draw(tiny.flow_transformer(), 2, 1.0, second_order=False).permute(0, 2, 3, 1).numpy()
     assert np.abs(np.stack([first, second]) / 255 - plain).max() < 0.01
+    half = Renderer.load(RenderConfig(**config | {"dtype": "bfloat16"}), threads=1)
+    assert half._pipeline.transformer.dtype == torch.bfloat16
+    rounded = np.stack(half.draw(TEXTS, [1, 2])).astype(int)  # type: ignore[arg-type]
+    assert 0 < np.abs(rounded - np.stack([first, second]).astype(int)).mean() < 2
     for other in ({"steps": 3}, {"guidance": 4.0}, {"mode": "img2img"}):
         with pytest.raises(ConfigError, match=r"distilled .*render\.steps"):
             Renderer.load(RenderConfig(**config | other), threads=1)
