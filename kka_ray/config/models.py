@@ -335,9 +335,7 @@ class _SimpleNet(LearnsFromAnomalies):
     epochs: int = Field(15, ge=1)
     batch: int = Field(64, ge=1, description="images a step")
     patches_per_image: int = Field(8, ge=1, description="patches drawn from each normal image of a step")
-    learning_rate: float = Field(
-        1e-3, gt=0, description="for 1,000 normals or more; with fewer it falls as the root of their number"
-    )
+    learning_rate: float = Field(1e-3, gt=0, description="for 1,000 normals or more; with fewer it falls with them")
     anomaly_patches: int = Field(8, ge=1, description="most anomalous patches of an anomaly that are negatives")
     patch_weight: float = Field(0.25, ge=0, description="of the worst patch in the score, beside 1 for the image")
 

@@ -43,7 +43,8 @@ class SimpleNetDetector(Detector):
             anomalies = None
         for features in (normals, validation, *([anomalies] if anomalies is not None else [])):
             patch_rows(features, "SimpleNet")
-        self._caution = min(1.0, (len(normals) / _MANY) ** 0.5)
+        # Anomalies that are known are learnt at the cost of some caution: at n / 1,000 little of them would be.
+        self._caution = min(1.0, len(normals) / _MANY) ** (1.0 if anomalies is None else 0.5)
         generator = torch.Generator().manual_seed(seed)
         self._branches = {name: self._fit_image(name, normals, anomalies, generator) for name in self._images}
         self._branches[_PATCH] = self._fit_patch(normals, anomalies, generator)
