@@ -167,13 +167,14 @@ def _identity(config: RendererConfig) -> dict[str, Any]:
 
     Raises AssetError if there is no renderer `config.start`.
     """
-    values = config.model_dump(mode="json", include={"network", "training", "captions"})
+    values = config.model_dump(mode="json", include={"network", "training", "captions", "distil"})
+    # Each as one value, so that there and not there are compared as well.
+    whole = {"perceptual": values["training"].pop("perceptual"), "distil": values.pop("distil")}
     settings = {name: value for name, value in tracking.flatten(values) if name.split(".")[-1] not in _MAY_CHANGE}
     # Without defaults, as those that another version adds change nothing.
     sources = [source.model_dump(mode="json", exclude_defaults=True) for source in config.sources]
     start = None if config.start is None else assets.resolve(config.start).identity
-    distil = config.distil and config.distil.model_dump()
-    return settings | {"sources": sources, "start": start, "distil": distil}
+    return settings | whole | {"sources": sources, "start": start}
 
 
 def _network(config: RendererConfig) -> FlowTransformer:

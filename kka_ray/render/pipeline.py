@@ -100,7 +100,7 @@ class KkaFlowPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str],
         num_inference_steps: int = STEPS,
-        guidance_scale: float = GUIDANCE,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         image: PipelineImageInput | None = None,
         strength: float = 0.6,
@@ -115,8 +115,8 @@ class KkaFlowPipeline(DiffusionPipeline):
         Args:
             prompt: texts; tokens beyond the transformer's `max_text_tokens` are cut off.
             num_inference_steps: Euler steps from noise to image, at least 1; image-to-image takes the share `strength`.
-            guidance_scale: classifier-free guidance; 1 switches it off and halves the work. A distilled network takes
-                the steps and the guidance that it was distilled for.
+            guidance_scale: classifier-free guidance; 1 switches it off and halves the work; None is `GUIDANCE`. A
+                distilled network takes the steps and the guidance that it was distilled for; None is the latter.
             generator: one for all images or one an image.
             image: photographs to start from, one a prompt: PIL, or float arrays in [0, 1]; resized to `image_size`.
             strength: how much of a photograph is forgotten, in (0, 1]; the flow starts at time 1 - strength.
@@ -130,6 +130,7 @@ class KkaFlowPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check(prompts, num_inference_steps, generator, image, strength, mask_image, (height, width))
         self.check_distilled(num_inference_steps, guidance_scale, edits=image is not None)
+        guidance = GUIDANCE if guidance_scale is None else guidance_scale
         size, device = self.image_size, self._execution_device
         text, mask = self.encode(prompts)
         noise = randn_tensor((len(prompts), 3, size, size), generator=generator, device=device, dtype=torch.float32)
@@ -141,7 +142,7 @@ class KkaFlowPipeline(DiffusionPipeline):
             start, steps = strength, max(1, round(strength * num_inference_steps))
         if mask_image is not None:
             mask_ = self._one_each(self.mask_processor.preprocess(mask_image, size, size), len(prompts), "mask_image")
-        images = self._flow(text, mask, noise, photograph, mask_, start, steps, guidance_scale)
+        images = self._flow(text, mask, noise, photograph, mask_, start, steps, guidance)
 
         drawn = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)

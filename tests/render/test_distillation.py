@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("fake_text")
 TEXTS = ["a red rose", "two blue cars"]
 
 
-def teacher() -> Teacher:
-    return Teacher(tiny.flow_transformer(), guidance=2.5, steps=2, substeps=3)
+def teacher(guidance: float = 2.5) -> Teacher:
+    return Teacher(tiny.flow_transformer(), guidance=guidance, steps=2, substeps=3)
 
 
 def noise() -> torch.Tensor:
@@ -74,8 +74,8 @@ def test_a_student_learns_to_draw_in_two_steps_what_its_teacher_draws_in_six() -
 
 
 def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_path: Path) -> None:
-    export_pipeline(tiny.flow_transformer(), tmp_path / "fast", "# card", teacher())
-    config = {"pipeline": str(tmp_path / "fast"), "steps": 2, "guidance": 2.5, "dtype": "float32"}
+    export_pipeline(tiny.flow_transformer(), tmp_path / "fast", "# card", teacher(3.0))
+    config = {"pipeline": str(tmp_path / "fast"), "steps": 2, "guidance": 3.0, "dtype": "float32"}
     renderer = Renderer.load(RenderConfig(**config), threads=1)
     rows: list[int] = []
     renderer._pipeline.transformer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
@@ -87,6 +87,8 @@ def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_p
     assert half._pipeline.transformer.dtype == torch.bfloat16
     rounded = np.stack(half.draw(TEXTS, [1, 2])).astype(int)  # type: ignore[arg-type]
     assert 0 < np.abs(rounded - np.stack([first, second]).astype(int)).mean() < 2
+    its_own = Renderer.load(RenderConfig(**config | {"guidance": None}), threads=1).draw(TEXTS, [1, 2])
+    assert np.array_equal(its_own, [first, second])
     for other in ({"steps": 3}, {"guidance": 4.0}, {"mode": "img2img"}):
         with pytest.raises(ConfigError, match=r"distilled .*render\.steps"):
             Renderer.load(RenderConfig(**config | other), threads=1)
