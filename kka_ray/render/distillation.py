@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from kka_ray.render.pipeline import SHIFT, carried_on
+from kka_ray.render.pipeline import SHIFT, carried_on, guided, noise_levels
 from kka_ray.render.transformer import FlowTransformer
 
 
@@ -39,14 +40,14 @@ class Teacher:
         noise: (B, 3, S, S). Returns, step after step, the states (steps * B, 3, S, S), their times (steps * B,) and the
         images of the same shape that lead from there, in one Euler step, to where the teacher is at the step's end.
         """
-        sigmas = schedule(self.steps * self.substeps)
+        sigmas = noise_levels(FlowMatchEulerDiscreteScheduler(shift=SHIFT), self.steps * self.substeps)
         state, before = noise, None
         states, times, images = [], [], []
         for step in range(self.steps):
             first, last = step * self.substeps, (step + 1) * self.substeps
             begin = state
             for i in range(first, last):
-                clean = self._guided(state, 1 - sigmas[i], text, mask)
+                clean = guided(self.network, state, 1 - sigmas[i], text, mask, self.guidance)
                 towards, before = carried_on(clean, before, sigmas, i), clean
                 state = _step(state, towards, sigmas[i + 1] / sigmas[i])
             kept = sigmas[last] / sigmas[first]
@@ -54,18 +55,6 @@ class Teacher:
             times.append(torch.full((len(noise),), 1 - sigmas[first], device=noise.device))
             images.append((state - kept * begin) / (1 - kept))
         return torch.cat(states), torch.cat(times), torch.cat(images)
-
-    def _guided(self, state: Tensor, time: float, text: Tensor, mask: Tensor) -> Tensor:
-        both = torch.cat([mask, torch.zeros_like(mask)])
-        at = torch.full((2 * len(state),), time, device=state.device)
-        clean = self.network(torch.cat([state, state]), at, torch.cat([text, text]), both)
-        with_text, without = clean.float().chunk(2)
-        return without + self.guidance * (with_text - without)
-
-
-def schedule(steps: int) -> list[float]:
-    """Noise levels sigma, from 1 to 0, of the pipeline's drawing in so many steps."""
-    return [SHIFT * u / (1 + (SHIFT - 1) * u) for u in torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()]
 
 
 def _step(state: Tensor, clean: Tensor, kept: float) -> Tensor:

@@ -172,11 +172,8 @@ class KkaFlowPipeline(DiffusionPipeline):
         guidance: float,
     ) -> Tensor:
         """Steps from sigma = `start` to 0: images (N, 3, S, S) in float32."""
-        device, shift = noise.device, self.scheduler.config.shift
-        # The scheduler shifts what it is given; the first sigma is to be `start` all the same.
-        first = start / (shift - (shift - 1) * start)
-        self.scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist(), device=device)
-        sigmas = self.scheduler.sigmas.tolist()
+        device = noise.device
+        sigmas = noise_levels(self.scheduler, steps, start, device)
         before: Tensor | None = None
 
         def known(sigma: float) -> Tensor:
@@ -184,10 +181,8 @@ class KkaFlowPipeline(DiffusionPipeline):
             return (1 - sigma) * photograph + sigma * noise
 
         state = noise if photograph is None else known(sigmas[0])
-        guided = guidance != 1 and self.config.distilled_steps is None
-        if guided:
-            # The rows without text follow those with it, in one batch.
-            text, text_mask = torch.cat([text, text]), torch.cat([text_mask, torch.zeros_like(text_mask)])
+        if self.config.distilled_steps is not None:
+            guidance = 1.0
         weights = self.transformer.dtype
         text = text.to(weights)
         dtype = self.autocast_dtype or compute_dtype("auto", device)
@@ -195,12 +190,7 @@ class KkaFlowPipeline(DiffusionPipeline):
         with torch.autocast(device.type, dtype, enabled=weights == torch.float32 != dtype):
             for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 sigma = sigmas[i]
-                time = torch.full((len(text),), 1 - sigma, device=device)
-                noisy = (torch.cat([state, state]) if guided else state).to(weights)
-                clean = self.transformer(noisy, time, text, text_mask).float()
-                if guided:
-                    with_text, without = clean.chunk(2)
-                    clean = without + guidance * (with_text - without)
+                clean = guided(self.transformer, state, 1 - sigma, text, text_mask, guidance)
                 if self.config.second_order:
                     clean, before = carried_on(clean, before, sigmas, i), clean
                 state = self.scheduler.step((state - clean) / sigma, timestep, state, return_dict=False)[0]
@@ -253,6 +243,33 @@ class KkaFlowPipeline(DiffusionPipeline):
             raise ValueError("mask_image needs image: the photograph that is kept outside the mask")
         if any(side not in (None, self.image_size) for side in size):
             raise ValueError(f"this pipeline draws {self.image_size} x {self.image_size} px only, got {size}")
+
+
+def noise_levels(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, start: float = 1.0, device: torch.device | None = None
+) -> list[float]:
+    """Sets the scheduler to so many steps; their sigmas from `start` to 0, one more than there are steps."""
+    shift = scheduler.config.shift
+    # The scheduler shifts what it is given; the first sigma is to be `start` all the same.
+    first = start / (shift - (shift - 1) * start)
+    scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist(), device=device)
+    return list(scheduler.sigmas.tolist())
+
+
+def guided(network: FlowTransformer, state: Tensor, time: float, text: Tensor, mask: Tensor, guidance: float) -> Tensor:
+    """Clean images predicted with classifier-free guidance: (N, 3, S, S) in float32; 1 takes half the work.
+
+    state: (N, 3, S, S) at `time`; text: token states (N, T, W) with their mask (N, T).
+    """
+    state = state.to(network.dtype)
+    if guidance == 1:
+        return network(state, torch.full((len(state),), time, device=state.device), text, mask).float()
+    # The rows without text follow those with it, in one batch.
+    at = torch.full((2 * len(state),), time, device=state.device)
+    both = torch.cat([mask, torch.zeros_like(mask)])
+    clean = network(torch.cat([state, state]), at, torch.cat([text, text]), both)
+    with_text, without = clean.float().chunk(2)
+    return without + guidance * (with_text - without)
 
 
 def carried_on(clean: Tensor, before: Tensor | None, sigmas: list[float], i: int) -> Tensor:

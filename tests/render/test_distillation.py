@@ -11,9 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from kka_ray.config.models import RenderConfig
 from kka_ray.errors import ConfigError
 from kka_ray.render import KkaFlowPipeline
-from kka_ray.render.distillation import Teacher, schedule
+from kka_ray.render.distillation import Teacher
 from kka_ray.render.export import draw_samples, export_pipeline
-from kka_ray.render.pipeline import SHIFT
+from kka_ray.render.pipeline import SHIFT, noise_levels
 from kka_ray.render.renderer import Renderer
 from kka_ray.render.training import Settings, Trainer, TrainingData
 from kka_ray.render.transformer import FlowTransformer
@@ -46,7 +46,7 @@ def test_the_images_lead_in_a_few_steps_to_where_many_guided_ones_end() -> None:
     text, mask = tiny.FakeTextEncoder().tokens(TEXTS)
     states, times, images = guide(noise(), text, mask)
     assert states.shape == images.shape == (4, 3, 32, 32)
-    sigmas = schedule(2)
+    sigmas = noise_levels(FlowMatchEulerDiscreteScheduler(shift=SHIFT), 2)
     assert times.tolist() == pytest.approx([0, 0, 1 - sigmas[1], 1 - sigmas[1]])
     torch.testing.assert_close(states[:2], noise())
     kept = sigmas[1] / sigmas[0]
