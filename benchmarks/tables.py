@@ -198,6 +198,23 @@ def renderer(result: Mapping[str, Any]) -> str:
     )
 
 
+def flower_renderer(result: Mapping[str, Any]) -> str:
+    """What is read off the images, by whose they are."""
+    of = {"drawn": "drawn", "by_the_domain": "by the domain itself", "chance": "drawn for another caption"}
+    kinds = {"shown": "combinations that were shown", "held_out": "combinations never shown"}
+    names = list(result["shown"]["drawn"])
+    rows = [["images", *("all of them" if name == "all" else name for name in names)]]
+    for kind, words in kinds.items():
+        for whose, whose_words in of.items():
+            cells = [f"{value['mean']:.3f} ± {value['std']:.3f}" for value in result[kind][whose].values()]
+            rows.append([f"{words}, {whose_words}", *cells])
+    seeds = len(result["shown"]["drawn"]["all"]["per_seed"])
+    return (
+        f"`{result['renderer']}`, {result['steps']} steps, {seeds} seeds of {result['captions']} captions.\n\n"
+        f"{_table(rows)}"
+    )
+
+
 def throughput(result: Mapping[str, Any]) -> str:
     """A row a ratio; those that are not measured yet say so."""
     rows = [["measure", "measured", "wanted", ""]]
@@ -226,6 +243,7 @@ def chaos(result: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "renderer": renderer,
+    "flower_renderer": flower_renderer,
     "demo": demo,
     "ceiling": ceiling,
     "real_data": real_data,
