@@ -79,7 +79,15 @@ def collect(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         kind: {arm: spread([s["detectors"][kind][arm]["mean"] for s in summaries]) for arm in arms}
         for kind, arms in kinds.items()
     }
-    keep = ("described_fraction", "drawn_fraction", "generated_fraction", "rounds", "truth", "wall_seconds")
+    keep = (
+        "described_fraction",
+        "drawn_fraction",
+        "generated_fraction",
+        "rounds",
+        "truth",
+        "text_signal",
+        "wall_seconds",
+    )
     return {
         "seeds": len(summaries),
         "versions": summaries[0]["versions"],

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from kka_ray import assets, places, tracking, versions
+from kka_ray import assets, places, text_signal, tracking, versions
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
@@ -98,6 +98,7 @@ def _run(
         tuned = headline_detector(config, store, prepared, evaluation)
         validation = tuned.score(prepared.validation)
         summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
+        summary["text_signal"] = text_signal.measure(result, loop.encoder)
         summary["drawn_normals"] = artefacts(tuned, validation, unseen_drawn_normals(config, result))
     summary["threshold"] = tuned.calibration.threshold
     summary["validation_flagged"] = float(validation.anomalous.mean())

@@ -125,6 +125,13 @@ def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None
             f"{truth['kept_normal_share']:.1%} of the kept images truly normal",
             highlight=False,
         )
+    told = summary["text_signal"]
+    if told["hard_auc"] is not None:
+        console.print(
+            f"told from the texts alone: hard or not with AUC {told['hard_auc']:.2f} (0.5: not at all), hardness with "
+            f"Spearman {_signed(told['spearman'])}; it is what preference training learns from",
+            highlight=False,
+        )
     drawn = summary["drawn_normals"]
     if drawn["count"]:
         console.print(

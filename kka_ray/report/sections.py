@@ -201,7 +201,7 @@ def kept(run: RunFolder) -> dict[str, Any]:
 
 
 def dpo(run: RunFolder) -> dict[str, Any]:
-    """Loss and margin by step, a line a round, and a row a training."""
+    """Loss and margin by step, a line a round, a row a training, and what there was to learn."""
     table = [{"round": i, **r["dpo"]} for i, r in enumerate(run.summary["rounds"]) if r["dpo"]]
     shown = []
     for key, title in (("loss", "Loss"), ("margin", "Margin of the implicit rewards")):
@@ -211,7 +211,7 @@ def dpo(run: RunFolder) -> dict[str, Any]:
         if by_round:
             shown.append({"title": title, "svg": charts.curves(by_round, title)})
     rejected = [wording.REJECTED[kind] for kind in run.config["preference"]["rejected"]]
-    return {"table": table, "charts": shown, "rejected": rejected}
+    return {"table": table, "charts": shown, "rejected": rejected, "signal": run.summary.get("text_signal", {})}
 
 
 def truth(summary: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -58,6 +58,8 @@ REASONS = {
     "error": "sampling failed",
 }
 REJECTED = {"easy": "easy ones", "normal_like": "normal-like ones", "guarded": "those that the guard refused"}
+_LITTLE = 0.6
+"""AUC below which the texts tell too little of what is hard."""
 STAGES = {
     "prefer": "preference training",
     "describe_and_render": "describe and draw",
@@ -189,7 +191,12 @@ def _loop(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def cautions(summary: Mapping[str, Any]) -> list[str]:
     """What a reader should know before believing the result, each a sentence; often none."""
-    return [*_cautions_of_result(summary), *_cautions_of_rounds(summary), *_cautions_of_judge(summary["audit"])]
+    return [
+        *_cautions_of_result(summary),
+        *_cautions_of_rounds(summary),
+        *_cautions_of_texts(summary.get("text_signal", {})),
+        *_cautions_of_judge(summary["audit"]),
+    ]
 
 
 def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -240,6 +247,16 @@ def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{amount(mismatched, 'image')} of {sum(row['rendered'] for row in rounds)} did not show what their texts "
             "say, however often they were drawn again; these lines were left out of the preference training."
+        )
+
+
+def _cautions_of_texts(told: Mapping[str, Any]) -> Iterator[str]:
+    auc = told.get("hard_auc")
+    if auc is not None and auc < _LITTLE:
+        yield (
+            f"Which lines become hard images can hardly be told from their texts (AUC {auc:.2f} for a linear model, "
+            "0.5 being chance), so preference training has little to learn from. A renderer that follows its texts "
+            "more closely would help, as would a hard band that most images lie on one side of (confusion.upper)."
         )
 
 

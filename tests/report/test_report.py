@@ -273,6 +273,16 @@ def test_a_detector_that_ignores_anomalies_as_headline(write_fake_run):
     assert "No drawn image was kept" not in page.text
 
 
+@pytest.mark.parametrize(("auc", "said"), [(0.55, True), (0.71, False), (None, False)])
+def test_texts_that_tell_little_of_hardness_are_said(write_fake_run, auc, said):
+    folder, summary = write_fake_run()
+    summary["text_signal"]["hard_auc"] = auc
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = render(folder).text
+    assert ("can hardly be told from their texts" in page) == said
+    assert ("a linear model tells whether a line becomes a hard image" in page) == (auc is not None)
+
+
 def test_an_empty_band_is_said(write_fake_run):
     folder, summary = write_fake_run(rounds=1, lines=32, trained=False)
     summary["audit"] |= {"band_lower": 7.0, "band_empty": 1.0}
