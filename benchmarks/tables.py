@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kka_ray import assets
+from kka_ray.detectors import tuned
 from kka_ray.detectors.sources import KINDS
 from kka_ray.report import wording
 
@@ -52,7 +54,15 @@ def demo(result: Mapping[str, Any]) -> str:
             verdict = "within the spread"
         rows.append([name, f"{check['mean']:.4f} ± {check['std']:.4f}", check["wanted"], verdict])
     head = f"Mean and standard deviation over {result['seeds']} seeds of the whole loop.\n\n"
-    return head + _table(rows) + "\nAUC on the test images:\n\n" + _detectors(result["auc"])
+    signals = [run["text_signal"] for run in result["runs"] if run.get("text_signal", {}).get("hard_auc") is not None]
+    signal = ""
+    if signals:
+        auc, rank = (_spread([signal[name] for signal in signals]) for name in ("hard_auc", "spearman"))
+        signal = (
+            f"\nFrom a line's text alone a linear model tells whether its image is hard, or rejected, with an AUC of "
+            f"{auc}, and how hard it is with a rank correlation of {rank}.\n"
+        )
+    return f"{head}{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
 
 
 def ceiling(result: Mapping[str, Any]) -> str:
@@ -71,7 +81,7 @@ def real_data(result: Mapping[str, Any]) -> str:
     """A case after the other."""
     parts = []
     for name, case in result.items():
-        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
+        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"]) + _outdated(case.get("made_with", {}))
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
         stalled = [str(number) for number, r in enumerate(case["rounds"]) if r["status"] != "ok"]
         if stalled:
@@ -82,6 +92,14 @@ def real_data(result: Mapping[str, Any]) -> str:
             f"round {rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
         )
     return "\n".join(parts)
+
+
+def _outdated(made_with: Mapping[str, Any]) -> str:
+    """What has changed since a run; the built-in renderers' weights alone are known."""
+    shipped = {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
+    changed = ["weights of the renderer"] if made_with.get("renderer") not in shipped else []
+    changed += ["versions of the detectors"] if made_with.get("detectors") != tuned.VERSION else []
+    return f"\nMeasured with earlier {' and '.join(changed)}.\n" if changed else ""
 
 
 _PAPER = 0.7462

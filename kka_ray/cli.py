@@ -144,7 +144,7 @@ def report(folder: RunFolder) -> None:
 
     with opened(folder) as place:
         written = write_report(place.here)
-        place.keep()
+        place.keep(only=(written.name,))  # a run may be writing the others anew
     console.print(f"report: {below(folder, written.name)}", highlight=False, soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ from kka_ray.detectors import DETECTORS, build, default, outside
 from kka_ray.detectors.sources import KINDS, make
 from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.errors import ConfigError
-from kka_ray.evaluation import metrics
+from kka_ray.evaluation import metrics, takes
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.files import write_json
@@ -187,7 +187,7 @@ def _measure_seed(
         (detector, source, count if source != NONE else 0)
         for source in sources
         for detector, config in detectors.items()
-        if _fits(config, source)
+        if takes(config, source != NONE)
     ]
     missing = [(d, s, n) for d, s, n in wanted if (name, d, s, n, seed) not in known]
     if not missing:
@@ -227,11 +227,6 @@ def _milliseconds(score: Callable[[Sequence[np.ndarray]], object], images: Seque
         score(images)
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times[1:]) / len(images)
-
-
-def _fits(config: DetectorConfig, source: str) -> bool:
-    made = build(config)
-    return not made.needs_anomalies if source == NONE else not made.ignores_anomalies
 
 
 def _anomalies(source: str, normals: Sequence[np.ndarray], count: int, seed: int, folder: Path) -> Sequence[np.ndarray]:

@@ -98,7 +98,7 @@ def _run(
         tuned = headline_detector(config, store, prepared, evaluation)
         validation = tuned.score(prepared.validation)
         summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
-        summary["text_signal"] = text_signal.measure(result, loop.encoder)
+        summary["text_signal"] = text_signal.measure(result, loop.encoder, config.preference.rejected)
         summary["drawn_normals"] = artefacts(tuned, validation, unseen_drawn_normals(config, result))
     summary["threshold"] = tuned.calibration.threshold
     summary["validation_flagged"] = float(validation.anomalous.mean())
@@ -139,7 +139,7 @@ def claim(place: Place, config: RunConfig, hash_: str) -> str:
             write_text(hashed, hash_ + "\n")
         write_text(file, dump(config))
         place.remove("references.json")
-    place.keep()
+    place.keep("config.yaml")  # last: without it the hash counts for nothing
     return hash_
 
 

@@ -68,16 +68,22 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused.
     Runs elsewhere that share the store are not seen.
 
-    Raises DataError if there is no folder `output`, or if something is to be deleted and there is no run in it while
-    the store lies elsewhere: that is more likely a wrong folder than a store that nobody wants.
+    Raises DataError if there is no folder `output`; if something is to be deleted, or `output` is a URI, and there is
+    no run in it while the store lies elsewhere, which is more likely a wrong folder than a store that nobody wants; and
+    if a run began while it was being read.
     """
     store = Store(store_uri)
     with places.opened(output, *_OF_RUNS) as place:
         if not place.here.is_dir():
             raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
+        if place.vanished:
+            raise DataError(
+                f"{', '.join(place.vanished)} in {output} went while it was being read: a run there has just begun. "
+                "Run the command again"
+            )
         inside = _is_inside(store, output)
         runs = dict(_runs(place.here, Path(store.root).resolve() if store.is_local else None))
-    if delete and not runs and not inside:
+    if (delete or places.is_uri(output)) and not runs and not inside:
         raise DataError(
             f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
             "delete it yourself; otherwise name the folder of the runs with --output"

@@ -8,55 +8,58 @@ from __future__ import annotations
 
 import posixpath
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from kka_ray.errors import ConfigError, ResourceError, StoreError
+from kka_ray.errors import ConfigError, KkaError, ResourceError, StoreError
 from kka_ray.files import stays_inside
 
 DETECTOR_FILES = ("config.yaml", "detector.json", "detector.safetensors")
 """What a detector needs of a run's folder."""
 
+_AGAIN = ". Mend that, then run the same command again: finished stages are not repeated"
+
 
 @dataclass(frozen=True)
 class Place:
-    """A folder: its name, a path or a URI, and where it is on this machine."""
+    """A folder: its name, a path or a URI, and where it is on this machine.
+
+    `vanished`: files at a URI that were removed while it was being copied.
+    """
 
     name: str
     here: Path
+    vanished: tuple[str, ...] = ()
 
-    def keep(self, *last: str) -> None:
-        """Writes every file that is here to where the folder is kept, those named `last` after all others.
+    def keep(self, *last: str, only: Collection[str] | None = None) -> None:
+        """Writes the files that are here to where the folder is kept, those named `last` after all others.
 
-        Raises ResourceError if the storage is full or refuses.
+        `only`: names of those to write, by default all. Raises ResourceError if the storage is full or refuses.
         """
         if not is_uri(self.name):
             return
         files = [p.relative_to(self.here).as_posix() for p in sorted(self.here.rglob("*")) if p.is_file()]
         filesystem, root = _storage(self.name)
         for file in sorted(files, key=lambda f: last.index(f) + 1 if f in last else 0):
+            if only is not None and file not in only:
+                continue
             path = posixpath.join(root, file)
-            try:
+            with _refused(ResourceError, f"cannot write {file} to {self.name}", _AGAIN):
                 filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
                 filesystem.pipe_file(path, (self.here / file).read_bytes())
-            except OSError as error:
-                raise ResourceError(
-                    f"cannot write {file} to {self.name}: {error}. Mend that, then run the same command again: "
-                    "finished stages are not repeated"
-                ) from error
 
     def remove(self, file: str) -> None:
-        """Deletes a file, if it is there."""
+        """Deletes a file, if it is there. Raises ResourceError if the storage refuses."""
         (self.here / file).unlink(missing_ok=True)
         if is_uri(self.name):
             filesystem, root = _storage(self.name)
             path = posixpath.join(root, file)
-            if filesystem.exists(path):
+            with _refused(ResourceError, f"cannot remove {file} from {self.name}", _AGAIN), suppress(FileNotFoundError):
                 filesystem.rm_file(path)
 
 
@@ -84,25 +87,39 @@ def opened(folder: str | Path, *names: str) -> Iterator[Place]:
     name = str(folder).rstrip("/")
     filesystem, root = _storage(name)
     with tempfile.TemporaryDirectory(prefix="kka-folder-", ignore_cleanup_errors=True) as copy:
-        try:
-            for path in filesystem.find(root):
+        listed: list[str] = []
+        vanished = []
+        with _refused(StoreError, f"cannot read {name}"):
+            with suppress(FileNotFoundError):  # of storages, some list a folder that is not there and some do not
+                listed = list(filesystem.find(root))
+            for path in listed:
                 file = path.removeprefix(root).lstrip("/")
                 if file and (not names or posixpath.basename(file) in names):
                     if not stays_inside(file):
                         raise StoreError(f"{name} holds a file whose name leads out of it: {file!r}")
                     target = Path(copy) / file
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(filesystem.cat_file(path))
-        except FileNotFoundError:
-            pass  # of storages, some list a folder that is not there and some do not
-        except OSError as error:
-            raise StoreError(f"cannot read {name}: {error}") from error
-        yield Place(name, Path(copy))
+                    try:
+                        target.write_bytes(filesystem.cat_file(path))
+                    except FileNotFoundError:
+                        vanished.append(file)
+        yield Place(name, Path(copy), tuple(vanished))
+
+
+@contextmanager
+def _refused(kind: type[KkaError], what: str, remedy: str = "") -> Iterator[None]:
+    """Whatever a storage's package raises within the block becomes an error of `kind`: not all of it is an OSError."""
+    try:
+        yield
+    except KkaError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {error}{remedy}") from error
 
 
 def _storage(uri: str) -> tuple[Any, str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # whatever the package for this kind of storage raises
         raise ConfigError(f"cannot open {uri!r}: {error}") from error
     return filesystem, root.rstrip("/")

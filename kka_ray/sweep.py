@@ -393,7 +393,7 @@ def _claim(place: Place, config: SweepConfig) -> None:
     place.here.mkdir(parents=True, exist_ok=True)
     write_text(place.here / "sweep.yaml", dump(config))
     place.remove("references.json")
-    place.keep()
+    place.keep("sweep.yaml")
 
 
 def _write(place: Place, result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:

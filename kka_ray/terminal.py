@@ -126,7 +126,7 @@ def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None
             highlight=False,
         )
     told = summary["text_signal"]
-    if told["hard_auc"] is not None:
+    if told["hard_auc"] is not None and any(r["dpo"] for r in summary["rounds"]):
         console.print(
             f"told from the texts alone: hard or not with AUC {told['hard_auc']:.2f} (0.5: not at all), hardness with "
             f"Spearman {_signed(told['spearman'])}; it is what preference training learns from",

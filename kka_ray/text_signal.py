@@ -6,6 +6,7 @@ judging and not from what a line says, there is nothing to learn, however many p
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,34 +23,36 @@ LEAST = 50
 """Lines for the one figure, hard ones and as many others for the other: with fewer it is left out."""
 
 
-def measure(result: LoopResult, encoder: TextEncoder) -> dict[str, Any]:
-    """`told` of all lines that the auditor judged, by the embeddings of their texts."""
+def measure(result: LoopResult, encoder: TextEncoder, rejected: Collection[str]) -> dict[str, Any]:
+    """`told` of the lines that the auditor judged, by the embeddings of their texts.
+
+    `rejected` are the labels that hard ones are preferred to. Lines whose image does not show them say nothing.
+    """
     text = {d.id: d.text for r in result.rounds for d in r.descriptions}
-    verdicts = result.audit.verdicts if result.audit else []
-    if not verdicts:
-        return told(np.zeros((0, 1)), np.zeros(0), np.zeros(0, bool))
-    embedded = encoder.embed([text[v.id] for v in verdicts])
-    hardness = np.array([v.hardness for v in verdicts])
-    return told(embedded, hardness, np.array([v.label == "hard" for v in verdicts]))
+    mismatched = {id_ for r in result.rounds for id_ in r.drawn.mismatched}
+    verdicts = [v for v in result.audit.verdicts if v.id not in mismatched] if result.audit else []
+    labels = np.array([v.label for v in verdicts])
+    embedded = encoder.embed([text[v.id] for v in verdicts]) if verdicts else np.zeros((0, 1))
+    return told(embedded, np.array([v.hardness for v in verdicts]), labels == "hard", np.isin(labels, list(rejected)))
 
 
-def told(embedded: np.ndarray, hardness: np.ndarray, hard: np.ndarray) -> dict[str, Any]:
+def told(embedded: np.ndarray, hardness: np.ndarray, hard: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     """How well linear models tell from N embeddings (N, D) how hard an image is, on lines that they were not fitted to.
 
     `spearman`: rank correlation of `hardness` (N,) with what ridge regression predicts. `hard_auc`: of the probability
-    that a logistic regression gives to `hard` (N,), bool; 0.5 where nothing can be told. Both None where there are too
-    few lines, or none but one value.
+    that a logistic regression gives to being one of `hard` (N,), bool, and not of `others` (N,), bool; 0.5 where
+    nothing can be told. None where there are too few lines, or none but one value.
     """
-    count = len(hardness)
-    out: dict[str, Any] = {"lines": count, "spearman": None, "hard_auc": None}
-    if count >= LEAST and np.ptp(hardness) > 0:
+    out: dict[str, Any] = {"lines": len(hardness), "spearman": None, "hard_auc": None}
+    if len(hardness) >= LEAST and np.ptp(hardness) > 0:
         folds = KFold(FOLDS, shuffle=True, random_state=0)
         found = cross_val_predict(RidgeCV(np.logspace(-2, 3, 11)), embedded, hardness, cv=folds)
         statistic = float(spearmanr(hardness, found).statistic)
         out["spearman"] = statistic if np.isfinite(statistic) else None
-    if min(hard.sum(), (~hard).sum()) >= LEAST:
+    if min(hard.sum(), others.sum()) >= LEAST:
+        rows = hard | others
         strata = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
         model = LogisticRegression(max_iter=1000)
-        likely = cross_val_predict(model, embedded, hard, cv=strata, method="predict_proba")[:, 1]
-        out["hard_auc"] = float(roc_auc_score(hard, likely))
+        likely = cross_val_predict(model, embedded[rows], hard[rows], cv=strata, method="predict_proba")[:, 1]
+        out["hard_auc"] = float(roc_auc_score(hard[rows], likely))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,9 @@ def _client(uri: str) -> Any:
     # Imported late: it takes seconds.
     from mlflow import MlflowClient
 
+    # That it makes its tables is of no interest amid a run's own lines.
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     folder = _folder(uri)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

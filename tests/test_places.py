@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kka_ray.cli import app
-from kka_ray.errors import AssetError, ConfigError, ResourceError, StoreError
+from kka_ray.errors import AssetError, ConfigError, DataError, ResourceError, StoreError
 from kka_ray.housekeeping import collect
 from kka_ray.places import below, is_uri, opened
 from kka_ray.scoring import detector_folder
@@ -92,6 +92,58 @@ def test_a_storage_that_refuses_is_an_error_with_a_remedy(folder: str, monkeypat
         pass
 
 
+def test_what_a_storage_raises_beside_oserrors_is_an_error_as_well(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCredentialsError(Exception):
+        """As botocore's."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    filesystem = type(fsspec.filesystem("memory"))
+    for name in ("find", "pipe_file", "rm_file"):
+        monkeypatch.setattr(filesystem, name, refuse)
+    with pytest.raises(StoreError, match=f"cannot read {folder}: Unable to locate credentials"), opened(folder):
+        pass
+    monkeypatch.setattr(filesystem, "find", lambda *_, **__: [])
+    with opened(folder) as place:
+        (place.here / "a").write_text("x")
+        with pytest.raises(ResourceError, match="cannot write a to .*Unable to locate credentials"):
+            place.keep()
+        with pytest.raises(ResourceError, match="cannot remove a from .*Unable to locate credentials"):
+            place.remove("a")
+
+
+def test_only_what_is_named_is_written(folder: str) -> None:
+    for name in ("report.html", "summary.json"):
+        write(folder, name, "old")
+    with opened(folder) as place:
+        for name in ("report.html", "summary.json"):
+            (place.here / name).write_text("new")
+        place.keep(only=("report.html",))
+    assert (read(folder, "report.html"), read(folder, "summary.json")) == ("new", "old")
+
+
+def test_what_goes_while_it_is_copied_hides_nothing_else(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/references.json", "b/references.json"):
+        write(folder, name, "[]")
+    filesystem = type(fsspec.filesystem("memory"))
+    cat_file = filesystem.cat_file
+
+    def cat(self: Any, path: str, *rest: Any, **named: Any) -> Any:
+        if path.endswith("a/references.json"):
+            raise FileNotFoundError(path)
+        return cat_file(self, path, *rest, **named)
+
+    monkeypatch.setattr(filesystem, "cat_file", cat)
+    with opened(folder) as place:
+        assert place.vanished == ("a/references.json",)
+        assert (place.here / "b" / "references.json").read_text() == "[]"
+    with pytest.raises(DataError, match=r"a/references\.json in .* went while it was being read"):
+        collect(folder, f"{folder}/store", delete=True)
+
+
 def test_a_detector_is_found_at_a_uri(folder: str) -> None:
     write(folder, "demo/config.yaml")
     with pytest.raises(AssetError, match="runs/demo has no detector yet"), detector_folder(f"{folder}/demo"):
@@ -111,6 +163,8 @@ def test_housekeeping_sees_the_runs_at_a_uri(folder: str) -> None:
     states = {entry.key: entry.state for entry in collect(folder, store.uri, delete=True).entries}
     assert states == {keys[0]: "used", keys[1]: "unused"}
     assert [key for _, key in store.names()] == [keys[0]]
+    with pytest.raises(DataError, match="nowhere holds no run"):
+        collect(f"{folder}-nowhere", store.uri, delete=False)
 
 
 def test_verbs_say_what_is_missing_at_a_uri(folder: str) -> None:

@@ -152,6 +152,10 @@ def test_on_this_machine_relative_folders_are_made_absolute(
     command = entry(Submission("run", repository / "run.yaml", tracked, repository), here=True)
     assert "output=s3://b/kka" in command
     assert command.endswith(f"-o store.uri={tmp_path / 'runs' / 'store'}")
+    command = entry(
+        Submission("sweep", repository / "sweep.yaml", ("run.tracking.uri=sqlite:///db/m.db",), repository), here=True
+    )
+    assert command.endswith(f"-o run.tracking.uri=sqlite:///{tmp_path / 'db' / 'm.db'}")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +165,7 @@ def test_on_this_machine_relative_folders_are_made_absolute(
         ("run", "run.yaml", (), "temporary folder of the cluster.*-o output="),
         ("run", "run.yaml", SHARED[:1], "-o store.uri="),
         ("run", "run.yaml", ("output=s3://bucket/kka", SHARED[1]), "tracking.uri="),
+        ("run", "run.yaml", (*SHARED, "tracking.uri=sqlite:///mlflow.db"), "tracking.uri is .*-o tracking.uri=sqlite"),
         ("sweep", "sweep.yaml", (), "-o run.output="),
         ("run", "run.yaml", (*SHARED, "loop.ronds=1"), "did you mean 'rounds'"),
         ("run", "../outside.yaml", SHARED, "is not below"),

@@ -189,11 +189,19 @@ def _network(config: RendererConfig) -> FlowTransformer:
     wanted = config.network.model_dump()
     if config.start is None:
         return FlowTransformer(**wanted)
-    folder = assets.resolve(config.start).path / "transformer"
+    folder = assets.resolve(config.start).path
     try:
-        network = FlowTransformer.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        index = json.loads((folder / "model_index.json").read_text())
+        network = FlowTransformer.from_pretrained(
+            folder / "transformer", torch_dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise AssetError(f"start: {config.start} holds no weights of a built-in renderer: {error}") from error
+    if index.get("distilled_guidance") is not None:
+        raise ConfigError(
+            f"start: {config.start} was distilled: it draws in a few steps, with guidance, and in no other way. Begin "
+            "with the renderer that it was distilled from"
+        )
     differing = {name: network.config[name] for name, value in wanted.items() if network.config[name] != value}
     if differing:
         raise ConfigError(f"start: the network of {config.start} has {differing}; give `network` the same values")

@@ -29,7 +29,7 @@ from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.placement import not_free
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
-from kka_ray.errors import KkaError, StageError
+from kka_ray.errors import KkaError, ResourceError, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,7 @@ class Ahead:
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._gate = ray.remote(num_cpus=0, scheduling_strategy=node)(_Gate).remote()
         self._error: BaseException | None = None
+        self._run = lambda told: run(name, function, told, workers, cluster, gpus=gpus)
         arguments = {"gate": self._gate, "function": function, "imports": list(imports)}
 
         def work() -> None:
@@ -129,7 +130,13 @@ class Ahead:
         self._thread.start()
 
     def go(self, arguments: Mapping[str, Any]) -> None:
-        """Runs the function with these arguments and waits for its end; see `run`."""
+        """Runs the function with these arguments and waits for its end; see `run`.
+
+        Where it could not start while others had its places, it is started again: they may be done by now.
+        """
+        if isinstance(self._error, ResourceError):
+            self._thread.join()
+            return self._run(arguments)
         self._open(dict(arguments))
         self._thread.join()
         if self._error:

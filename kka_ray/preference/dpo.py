@@ -28,7 +28,7 @@ from kka_ray.preference.packing import Packer
 from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
-VERSION = 4
+VERSION = 5
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
 

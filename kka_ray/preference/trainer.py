@@ -88,8 +88,11 @@ class PackedDPOTrainer(DPOTrainer):
         if self.is_fsdp_enabled or any(line not in self._reference for line in batch["lines"]):
             model = self.accelerator.unwrap_model(self.model)
             name = "ref" if "ref" in model.peft_config else None
+            training = model.training
+            model.eval()  # it is kept for the whole training: not one draw of dropout
             with torch.no_grad(), use_adapter(model, name), self.accelerator.autocast():
                 found = log_probs(model, batch)
+            model.train(training)
             self._reference |= dict(zip(batch["lines"], found, strict=True))
         return torch.stack([self._reference[line] for line in batch["lines"]])
 

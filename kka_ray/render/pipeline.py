@@ -150,8 +150,10 @@ class KkaFlowPipeline(DiffusionPipeline):
     def check_distilled(self, steps: int, guidance: float | None, *, edits: bool) -> None:
         """Raises ValueError if the network was distilled to draw otherwise; guidance None is whatever it draws with."""
         wanted = self.config.distilled_steps, self.config.distilled_guidance
-        if wanted[0] is None:
+        if wanted == (None, None):
             return
+        if None in wanted:
+            raise ValueError("of distilled_steps and distilled_guidance the pipeline has one: distil the network anew")
         if edits:
             raise ValueError("a distilled network draws from noise alone and edits no photographs: take its teacher")
         if wanted != (steps, wanted[1] if guidance is None else guidance):

@@ -194,7 +194,7 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
     return [
         *_cautions_of_result(summary),
         *_cautions_of_rounds(summary),
-        *_cautions_of_texts(summary.get("text_signal", {})),
+        *_cautions_of_texts(summary),
         *_cautions_of_judge(summary["audit"]),
     ]
 
@@ -250,13 +250,14 @@ def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _cautions_of_texts(told: Mapping[str, Any]) -> Iterator[str]:
-    auc = told.get("hard_auc")
-    if auc is not None and auc < _LITTLE:
+def _cautions_of_texts(summary: Mapping[str, Any]) -> Iterator[str]:
+    auc = summary.get("text_signal", {}).get("hard_auc")
+    if auc is not None and auc < _LITTLE and any(row["dpo"] for row in summary["rounds"]):
         yield (
-            f"Which lines become hard images can hardly be told from their texts (AUC {auc:.2f} for a linear model, "
-            "0.5 being chance), so preference training has little to learn from. A renderer that follows its texts "
-            "more closely would help, as would a hard band that most images lie on one side of (confusion.upper)."
+            f"Which lines become hard images and which are rejected can hardly be told from their texts (AUC {auc:.2f} "
+            "for a linear model, 0.5 being chance), so preference training has little to learn from. A renderer that "
+            "follows its texts more closely would help, as would a hard band that most images lie on one side of "
+            "(confusion.upper)."
         )
 
 

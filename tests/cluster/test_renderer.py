@@ -65,6 +65,7 @@ def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_pat
         ("training.batch=8", "training.batch was 4 and is 8"),
         ("network.width=64", "network.width was 32 and is 64"),
         ("start=builtin:flowers", "start differs"),
+        ("training.perceptual={weight: 0.1}", "perceptual differs"),
         (more, "sources differs"),
     ]:
         with pytest.raises(ConfigError, match=said):

@@ -10,7 +10,7 @@ import pytest
 
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig
-from kka_ray.errors import StageError
+from kka_ray.errors import ResourceError, StageError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -42,3 +42,23 @@ def test_a_cancelled_job_ends_without_doing_anything(tmp_path: Path) -> None:
     ahead.cancel()
     assert not ahead._thread.is_alive()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_whose_places_others_had_starts_again_when_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    run = train.run
+
+    def late(name: str, function: Any, *rest: Any, **named: Any) -> None:
+        started.append(function)
+        if len(started) == 1:
+            raise ResourceError("its places were not free")
+        run(name, function, *rest, **named)
+
+    monkeypatch.setattr(train, "run", late)
+    ahead = train.Ahead("note", note, 1, CLUSTER)
+    ahead._thread.join(30)
+    ahead.go({"file": str(tmp_path / "a"), "text": "done"})
+    assert started == [train._behind_the_gate, note]
+    assert (tmp_path / "a").read_text() == "done 1"

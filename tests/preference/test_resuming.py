@@ -92,3 +92,14 @@ def test_the_dropout_of_an_adapter_takes_part(tmp_path: Path, model: str) -> Non
     )
     assert with_it.history[0] == without.history[0], "an adapter begins as nothing, whatever is dropped of its input"
     assert with_it.history[1:] != without.history[1:]
+
+
+def test_the_reference_drops_nothing(tmp_path: Path, model: str) -> None:
+    """It is read once and kept: one draw of its dropout would be in every margin."""
+    train(tmp_path / "first", model, None, steps=3)
+    found = []
+    for share in (0.0, 0.5):
+        kept, settings = Kept(), {"reference": "previous", "previous": tmp_path / "first" / "adapter"}
+        train(tmp_path / str(share), model, kept, steps=12, lora_dropout=share, **settings)
+        found.append(load(kept.contents[0])["reference.0"])
+    assert torch.equal(*found)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from kka_ray.cluster.renderer import _network
 from kka_ray.config.models import RenderConfig
+from kka_ray.config.renderer import NetworkConfig, RendererConfig
 from kka_ray.errors import ConfigError
 from kka_ray.render import KkaFlowPipeline
 from kka_ray.render.distillation import Teacher
@@ -94,3 +96,20 @@ def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_p
             Renderer.load(RenderConfig(**config | other), threads=1)
     samples = draw_samples(tiny.flow_transformer(), ["a red rose"], teacher())
     assert samples.size == (8 * 32, 32)
+
+
+def test_a_network_that_was_distilled_is_no_start(tmp_path: Path) -> None:
+    fast = export_pipeline(tiny.flow_transformer(), tmp_path / "fast", "# card", teacher(3.0))
+    network = {name: tiny.flow_transformer().config[name] for name in NetworkConfig.model_fields}
+    sources = [{"kind": "flowers", "count": 8}]
+    given = {"name": "x", "sources": sources, "network": network, "training": {"steps": 1}, "start": str(fast)}
+    with pytest.raises(ConfigError, match=r"start: .*fast was distilled"):
+        _network(RendererConfig.model_validate(given))
+
+
+def test_half_of_what_says_how_a_network_was_distilled_is_refused(tmp_path: Path) -> None:
+    pipeline = KkaFlowPipeline(
+        tiny.flow_transformer(), FlowMatchEulerDiscreteScheduler(shift=SHIFT), distilled_guidance=2.5
+    )
+    with pytest.raises(ValueError, match="the pipeline has one"):
+        pipeline(TEXTS, 2, 2.5)

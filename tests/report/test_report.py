@@ -279,8 +279,8 @@ def test_texts_that_tell_little_of_hardness_are_said(write_fake_run, auc, said):
     summary["text_signal"]["hard_auc"] = auc
     (folder / "summary.json").write_text(json.dumps(summary))
     page = render(folder).text
-    assert ("can hardly be told from their texts" in page) == said
-    assert ("a linear model tells whether a line becomes a hard image" in page) == (auc is not None)
+    assert ("which are rejected can hardly be told from their texts" in page) == said
+    assert ("a linear model tells whether a line becomes a hard image or is rejected" in page) == (auc is not None)
 
 
 def test_an_empty_band_is_said(write_fake_run):
