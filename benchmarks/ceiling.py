@@ -36,8 +36,7 @@ _STREAM = 3
 def anomalies(count: int, seed: int) -> list[np.ndarray]:
     """Anomalies with the distances of the test's, but none of its combinations of attributes."""
     rng = np.random.default_rng([seed, _STREAM])
-    distances = rng.choice(list(flowers.TEST_DISTANCES), size=count, p=list(flowers.TEST_DISTANCES.values()))
-    return [flowers.make(flowers.sample_anomaly(rng, int(d), held_out=False), rng).image for d in distances]
+    return [drawn.image for drawn in flowers.make_anomalies(count, rng, held_out=False)]
 
 
 def measure(config: RunConfig, detectors: list[str], counts: list[int]) -> list[dict[str, Any]]:

@@ -33,9 +33,7 @@ _GRID = 12
 
 def captioned(count: int, seed: int, *, held_out: bool) -> list[flowers.DrawnFlower]:
     """Anomalies with the distances of the test's, of combinations that renderers were shown or of those that not."""
-    rng = np.random.default_rng([seed, _STREAM, held_out])
-    distances = rng.choice(list(flowers.TEST_DISTANCES), size=count, p=list(flowers.TEST_DISTANCES.values()))
-    return [flowers.make(flowers.sample_anomaly(rng, int(d), held_out=held_out), rng) for d in distances]
+    return flowers.make_anomalies(count, np.random.default_rng([seed, _STREAM, held_out]), held_out=held_out)
 
 
 def draw(renderer: Renderer, captions: list[str], seed: int) -> np.ndarray:
@@ -58,10 +56,9 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
-    render = load(ROOT / "configs" / "demo.yaml", RunConfig).render
-    asked = {"steps": arguments.steps, "guidance": arguments.guidance}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    render = render.model_copy(update={"pipeline": arguments.renderer, **asked})
+    asked = {"pipeline": arguments.renderer, "steps": arguments.steps, "guidance": arguments.guidance}
+    overrides = [f"render.{name}={value}" for name, value in asked.items() if value is not None]
+    render = load(ROOT / "configs" / "demo.yaml", RunConfig, overrides).render
     renderer, reader = Renderer.load(render), FlowerReader.load()
     result = {}
     for kind, held_out in (("shown", False), ("held_out", True)):

@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,11 @@ def ceiling(result: Mapping[str, Any]) -> str:
 def real_data(result: Mapping[str, Any]) -> str:
     """A case after the other."""
     parts = []
+    shipped = {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
     for name, case in result.items():
-        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"]) + _outdated(case.get("made_with", {}))
+        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"]) + _outdated(
+            case.get("made_with", {}), shipped
+        )
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
         stalled = [str(number) for number, r in enumerate(case["rounds"]) if r["status"] != "ok"]
         if stalled:
@@ -94,9 +97,8 @@ def real_data(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _outdated(made_with: Mapping[str, Any]) -> str:
-    """What has changed since a run; the built-in renderers' weights alone are known."""
-    shipped = {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
+def _outdated(made_with: Mapping[str, Any], shipped: Container[str]) -> str:
+    """What has changed since a run; `shipped` are the identities of the built-in renderers."""
     changed = ["weights of the renderer"] if made_with.get("renderer") not in shipped else []
     changed += ["versions of the detectors"] if made_with.get("detectors") != tuned.VERSION else []
     return f"\nMeasured with earlier {' and '.join(changed)}.\n" if changed else ""

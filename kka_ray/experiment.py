@@ -381,7 +381,7 @@ def absolute(config: RunConfig) -> RunConfig:
         "describe": {"sampler": sampler},
         "render": {"pipeline": assets.absolute(config.render.pipeline)},
         "detect": {"outside": outside and _from_root(outside)},
-        "tracking": {"uri": config.tracking.uri and _database(config.tracking.uri)},
+        "tracking": {"uri": config.tracking.uri and tracking.absolute(config.tracking.uri)},
         "store": {"uri": _from_root(uri)},
     }
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changed.items()}
@@ -391,12 +391,6 @@ def absolute(config: RunConfig) -> RunConfig:
 def _from_root(path: str) -> str:
     """A relative path made absolute. A URI stays, and so does an absolute path: its links may lead elsewhere there."""
     return path if places.is_uri(path) or Path(path).is_absolute() else str(Path(path).resolve())
-
-
-def _database(uri: str) -> str:
-    """A tracking URI, a SQLite file made absolute."""
-    scheme = tracking.SQLITE
-    return scheme + _from_root(uri.removeprefix(scheme)) if uri.startswith(scheme) else uri
 
 
 def _check_room(store: Store) -> None:

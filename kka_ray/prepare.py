@@ -22,7 +22,7 @@ from kka_ray.features.pixels import SIDE
 from kka_ray.store import Attempt, Output, Store
 
 FEATURES_VERSION = 3
-FLOWERS_VERSION = 3
+FLOWERS_VERSION = 4
 
 
 @dataclass(frozen=True)

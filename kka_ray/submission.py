@@ -131,15 +131,15 @@ def entry(wanted: Submission, *, here: bool) -> str:
                 f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka, or a URI"
             )
         overrides.append(f"{prefix}{name}={Path(value).resolve()}")
-    database = (config.tracking.uri or "").removeprefix(tracking.SQLITE)
-    if database != (config.tracking.uri or "") and not Path(database).is_absolute():
+    tracked = config.tracking.uri or ""
+    if tracking.absolute(tracked) != tracked:
         if not here:
             raise ConfigError(
-                f"tracking.uri is {config.tracking.uri!r}, a file that a job would write into its upload, a temporary "
+                f"tracking.uri is {tracked!r}, a file that a job would write into its upload, a temporary "
                 f"folder of the cluster. Name a tracking server, or a file that the nodes share, as in "
                 f"-o {prefix}tracking.uri={tracking.SQLITE}/shared/kka/mlflow.db"
             )
-        overrides.append(f"{prefix}tracking.uri={tracking.SQLITE}{Path(database).resolve()}")
+        overrides.append(f"{prefix}tracking.uri={tracking.absolute(tracked)}")
     if here and not isinstance(config.data, FlowersData) and not Path(config.data.path).is_absolute():
         overrides.append(f"{prefix}data.path={Path(config.data.path).resolve()}")
     options = [part for override in overrides for part in ("-o", override)]

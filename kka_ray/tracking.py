@@ -23,6 +23,12 @@ def default_uri(output: Path) -> str:
     return f"{SQLITE}{output.resolve() / 'mlflow.db'}"
 
 
+def absolute(uri: str) -> str:
+    """A tracking URI, the path of a SQLite file made absolute."""
+    path = uri.removeprefix(SQLITE)
+    return uri if path == uri or Path(path).is_absolute() else f"{SQLITE}{Path(path).resolve()}"
+
+
 def tracking_uri(config: RunConfig) -> str:
     """Where the results of a run are tracked."""
     return config.tracking.uri or default_uri(Path(config.output))

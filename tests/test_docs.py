@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from kka_ray.config import RunConfig, merge, parse, read
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.config.sweep import SweepConfig, dotted_names
 from tests.report import fake_run
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -27,12 +27,7 @@ PAGES = sorted(
 
 def example(name: str) -> ModuleType:
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "examples" / f"{name}.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -7,18 +6,14 @@ import pytest
 
 from kka_ray.data.flower_reader import FlowerReader, accuracy
 from kka_ray.render.renderer import DrawError
+from tests.scripts import load_script
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "flower_renderer.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flower_renderer_benchmark", FILE)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,18 +5,14 @@ import numpy as np
 import pytest
 
 from kka_ray.render.renderer import DrawError
+from tests.scripts import load_script
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "renderer.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("renderer_benchmark", FILE)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 def test_class_ranks_count_the_centroids_that_are_nearer(bench):

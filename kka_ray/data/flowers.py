@@ -360,9 +360,13 @@ def make_normals(count: int, seed: int) -> list[DrawnFlower]:
 
 def make_test_anomalies(count: int, seed: int) -> list[DrawnFlower]:
     """`count` anomalies with held-out attribute combinations, their distances shared as in `TEST_DISTANCES`."""
-    rng = np.random.default_rng([seed, 1])
+    return make_anomalies(count, np.random.default_rng([seed, 1]), held_out=True)
+
+
+def make_anomalies(count: int, rng: np.random.Generator, *, held_out: bool) -> list[DrawnFlower]:
+    """`count` anomalies with the distances of `TEST_DISTANCES`, all or none with a held-out combination."""
     distances = rng.choice(list(TEST_DISTANCES), size=count, p=list(TEST_DISTANCES.values()))
-    return [make(sample_anomaly(rng, int(d), held_out=True), rng) for d in distances]
+    return [make(sample_anomaly(rng, int(d), held_out=held_out), rng) for d in distances]
 
 
 def make_renderer_data(count: int, seed: int, shard: int = 0) -> list[DrawnFlower]:
