@@ -82,9 +82,8 @@ def real_data(result: Mapping[str, Any]) -> str:
     parts = []
     shipped = {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
     for name, case in result.items():
-        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"]) + _outdated(
-            case.get("made_with", {}), shipped
-        )
+        said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
+        said += _outdated(case.get("made_with", {}), shipped)
         rates = ", ".join(f"{r['hard_rate']:.2f}" for r in case["rounds"])
         stalled = [str(number) for number, r in enumerate(case["rounds"]) if r["status"] != "ok"]
         if stalled:
