@@ -3,7 +3,8 @@
 DIR holds `cifar100` in Parquet; MODEL is a text-to-image pipeline (builtin:, hub: or a folder), which draws as
 `configs/cifar100_furniture.yaml` says unless `--steps` and the like say otherwise. Features are those of
 EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without four whole
-superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A seed changes the split, what the
+superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A distilled renderer is compared with the
+plain sampler of its `--teacher`. A seed changes the split, what the
 language model writes and what is drawn; of the fidelity, of which `--fidelity-seeds` says the seeds, what is drawn and
 which real images the Fréchet distance compares. Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
 """
@@ -240,9 +241,9 @@ def save_grid(images: Sequence[np.ndarray | DrawError], target: Path) -> None:
     make_image_grid(pictures, rows=len(images) // A_ROW, cols=A_ROW).save(target, optimize=True)
 
 
-def speed(config: RenderConfig, threads: int) -> dict[str, float]:
-    """Images a second, and the same as a multiple of 25 plain guided steps; measured in turns, in one process."""
-    plain = config.model_copy(update={"steps": 25, "chunk": config.chunk})
+def speed(config: RenderConfig, teacher: str, threads: int) -> dict[str, float]:
+    """Images a second, and the same as a multiple of 25 guided steps of `teacher`: in turns, in one process."""
+    plain = config.model_copy(update={"pipeline": teacher, "steps": 25})
     renderers = [Renderer.load(c, threads=threads) for c in (config, plain)]
     texts = ["a photo of an apple"] * config.chunk
     rates: list[list[float]] = [[], []]
@@ -266,6 +267,8 @@ def main() -> None:
     parser.add_argument("--without-superclasses", help="a renderer trained without " + ", ".join(UNSEEN))
     parser.add_argument("--steps", type=int, help="by default what the configuration says; so are the next two")
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--without-steps", type=int, help="of the second renderer, by default those of the first")
+    parser.add_argument("--teacher", help="what a distilled renderer was made from; by default the renderer itself")
     parser.add_argument("--redraws", type=int, help="times that an image unlike its text is drawn again")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--fidelity-seeds", type=int, default=1, help=f"each draws {A_CLASS} images of every class")
@@ -280,7 +283,8 @@ def main() -> None:
         config = config.model_copy(update={"match": config.match.model_copy(update={"redraws": arguments.redraws})})
     second = None
     if arguments.without_superclasses:
-        second = Drawer(config.model_copy(update={"pipeline": arguments.without_superclasses}), arguments.threads)
+        own = {"pipeline": arguments.without_superclasses, "steps": arguments.without_steps or config.steps}
+        second = Drawer(config.model_copy(update=own), arguments.threads)
     bench = Bench(arguments.data, Drawer(config, arguments.threads), second)
     fidelity = [bench.fidelity(s, arguments.grid if s == 0 else None) for s in range(arguments.fidelity_seeds)]
     rows = [bench.seed(seed) for seed in range(arguments.seeds)]
@@ -294,12 +298,13 @@ def main() -> None:
         "threads": arguments.threads,
         **summary(fidelity),
         **summary(rows),
-        **speed(config, arguments.threads),
+        **speed(config, arguments.teacher or arguments.renderer, arguments.threads),
     }
     if second is None:
         result["unseen_gain_ratio"] = None
         result["unseen_gain_reason"] = "no renderer trained without the four superclasses was given"
     else:
+        result |= {"without_superclasses": arguments.without_superclasses, "without_steps": second.config.steps}
         result |= gain_ratio(rows)
     arguments.target.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.target, result)

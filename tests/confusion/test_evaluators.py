@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from kka_ray.config.models import DeepSad, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
 from kka_ray.confusion.deep_sad import DeepSadEvaluator
+from kka_ray.confusion.hardness import Scale
 from kka_ray.confusion.knn import Knn
 from kka_ray.encoders.whitening import Whitening
 from kka_ray.errors import StageError
@@ -51,6 +52,26 @@ def test_labelled_anomalies_are_pushed_away() -> None:
         evaluator.fit(normals, given, seed=0)
         ratios.append(np.median(evaluator.score(others)) / np.median(evaluator.score(cloud(200, 0, 3))))
     assert ratios[1] > 1.5 * ratios[0]
+
+
+def test_balanced_anomalies_push_as_far_however_many_there_are() -> None:
+    """The same ones eight times over move the scale of hardness only where each has a weight of its own."""
+
+    def aside(count: int, seed: int) -> np.ndarray:
+        x = cloud(count, 1, seed)
+        x[:, 5] += 1
+        return x
+
+    normals, unseen, known, judged = cloud(300, 0, 0), cloud(200, 0, 3), aside(24, 1), aside(100, 4)
+
+    def beyond(copies: int, *, balanced: bool) -> float:
+        evaluator = DeepSadEvaluator(DeepSad(balanced=balanced, epochs=10))
+        evaluator.fit(normals, np.tile(known, (copies, 1)), seed=0)
+        return float(np.median(Scale.of(evaluator.score(unseen)).hardness(evaluator.score(judged))))
+
+    balanced, plain = (beyond(8, balanced=b) / beyond(1, balanced=b) for b in (True, False))
+    assert 0.8 < balanced < 1.25
+    assert plain > 1.4
 
 
 def test_score_is_the_squared_distance_of_the_embedding_from_the_centre() -> None:

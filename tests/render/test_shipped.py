@@ -33,17 +33,18 @@ def test_a_shipped_renderer_is_small_and_says_how_it_came_about(name: str) -> No
 
 
 @needs_models
-def test_the_renderer_of_photographs_follows_the_text() -> None:
-    """Its colours do, and its matcher tells texts apart by them."""
+@pytest.mark.parametrize(("pipeline", "steps"), [("builtin:natural", 8), ("builtin:natural_fast", 3)])
+def test_the_renderers_of_photographs_follow_the_text(pipeline: str, steps: int) -> None:
+    """Their colours do, and their matchers tell texts apart by them."""
     texts = ["a photo of a red rose", "a photo of a ship on the blue sea"]
-    renderer = Renderer.load(RenderConfig(pipeline="builtin:natural", steps=8))
+    renderer = Renderer.load(RenderConfig(pipeline=pipeline, steps=steps))
     rows = [texts[i % 2] for i in range(16)]
     drawn = renderer.draw(rows, list(range(16)))
     images = np.stack([image for image in drawn if isinstance(image, np.ndarray)]).astype(float)
     assert images.shape == (16, 32, 32, 3)
     redness = (images[..., 0] - images[..., 2]).mean((1, 2))
     assert redness[::2].mean() > redness[1::2].mean() + 30
-    matcher = Matcher.load("builtin:natural")
+    matcher = Matcher.load(pipeline)
     squares = [np.asarray(Image.fromarray(image.astype(np.uint8))) for image in images]
     own, other = matcher.match(squares, rows), matcher.match(squares, rows[1:] + rows[:1])
     assert own.mean() > other.mean() + 0.2
