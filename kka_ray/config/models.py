@@ -257,6 +257,12 @@ class PreferenceConfig(Strict):
     """Direct preference optimisation of the describing model."""
 
     beta: float = Field(0.1, gt=0)
+    sft: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the chosen lines' negative log-likelihood a token, beside DPO, which by itself may make "
+        "both lines of a pair less likely (Pang et al., 2024)",
+    )
     reference: Literal["base", "previous"] = "base"
     rejected: tuple[Literal["easy", "normal_like", "guarded"], ...] = Field(
         ("easy",),

@@ -28,7 +28,7 @@ from kka_ray.preference.packing import Packer
 from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
-VERSION = 5
+VERSION = 6
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
 
@@ -163,6 +163,7 @@ def _arguments(
         **sharding,
         output_dir=str(work),
         beta=config.beta,
+        **({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, config.sft]} if config.sft else {}),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.batch // (workers * config.micro_batch),

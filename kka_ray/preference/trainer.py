@@ -40,7 +40,7 @@ class Checkpoints(Protocol):
 
 
 class PackedDPOTrainer(DPOTrainer):
-    """TRL's trainer with the sigmoid loss on packed batches; the reference reads each line once."""
+    """TRL's trainer with the losses sigmoid and sft on packed batches; the reference reads each line once."""
 
     def __init__(self, checkpoints: Checkpoints | None = None, **arguments: Any) -> None:
         """`checkpoints` is where the state is kept as often as `save_steps` says, and gone on from."""
@@ -75,13 +75,19 @@ class PackedDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        """Mean of -log sigmoid of the reward margins (Rafailov et al., 2023, equation 7)."""
-        gain = self.beta * (log_probs(model, inputs) - self._reference_log_probs(inputs))
+        """Mean of -log sigmoid of the reward margins (Rafailov et al., 2023, equation 7), and what `sft` adds."""
+        lines = log_probs(model, inputs)
+        gain = self.beta * (lines - self._reference_log_probs(inputs))
         chosen, rejected = gain[inputs["chosen"]], gain[inputs["rejected"]]
         margins = self.accelerator.gather(chosen - rejected).detach()
         self._metrics["train"]["rewards/margins"].append(margins.mean().item())
         self._metrics["train"]["rewards/accuracies"].append((margins > 0).float().mean().item())
-        return -F.logsigmoid(chosen - rejected).mean()
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        if "sft" in self.loss_types:
+            tokens = inputs["line_of"].bincount(minlength=len(lines))[inputs["chosen"]].sum()
+            weight = self.loss_weights[self.loss_types.index("sft")]
+            loss = loss - weight * lines[inputs["chosen"]].sum() / tokens
+        return loss
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         # Where the model is sharded each pass takes all workers, whose lines are known at different steps.

@@ -48,7 +48,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in results}
 
 
-def test_packed_batches_train_as_trl_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sft", [0.0, 0.5])
+def test_packed_batches_train_as_trl_does(tmp_path: Path, sft: float) -> None:
     """Step for step the loss of TRL's own trainer, which reads a padded row a line."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +57,7 @@ def test_packed_batches_train_as_trl_does(tmp_path: Path) -> None:
 
     from kka_ray.preference import dpo
 
-    config = PreferenceConfig(steps=3, batch=4, micro_batch=4, warmup=0, learning_rate=1e-3)
+    config = PreferenceConfig(steps=3, batch=4, micro_batch=4, warmup=0, learning_rate=1e-3, sft=sft)
     ours = dpo.train_dpo(pairs(), MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "ours", cpu=True)
     path = assets.resolve(MODEL).path
     trainer = DPOTrainer(

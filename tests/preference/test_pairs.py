@@ -11,8 +11,8 @@ def line(number: int, prompt: str, text: str, reason: str = "") -> Description:
     )
 
 
-def verdict(description: Description, label: str) -> Verdict:
-    return Verdict(description.id, 0, 0, 1.0, 1.0, label)  # type: ignore[arg-type]
+def verdict(description: Description, label: str, hardness: float = 1.0) -> Verdict:
+    return Verdict(description.id, 0, 0, 1.0, hardness, label)  # type: ignore[arg-type]
 
 
 def test_pairs_come_from_one_prompt_and_prefer_the_hard_line() -> None:
@@ -59,3 +59,28 @@ def test_a_hard_line_is_preferred_to_what_is_too_far_and_to_what_is_too_near_in_
     config = PreferenceConfig(rejected=("easy", "normal_like", "guarded"), max_pairs=12)
     rejected = [p.rejected_id for p in build_pairs(PROMPTS, [*hard, *far, *near], verdicts, config, seed=0)]
     assert sum(id_ in {d.id for d in near} for id_ in rejected) == 6
+
+
+def test_the_surest_lines_come_first() -> None:
+    hard = [line(i, "p0", f"hard {i}") for i in range(5)]
+    easy = [line(10 + i, "p0", f"easy {i}") for i in range(3)]
+    near = [line(20 + i, "p0", f"near {i}") for i in range(3)]
+    verdicts = [
+        *(verdict(d, "hard", h) for d, h in zip(hard, (3.0, 5.0, 7.4, 4.5, 6.0), strict=True)),
+        *(verdict(d, "easy", h) for d, h in zip(easy, (9.0, 14.0, 11.0), strict=True)),
+        *(verdict(d, "normal_like", h) for d, h in zip(near, (1.9, 0.3, 2.5), strict=True)),
+    ]
+    config = PreferenceConfig(rejected=("easy", "normal_like"), max_pairs=4)
+    pairs = build_pairs(PROMPTS, [*hard, *easy, *near], verdicts, config, seed=0)
+    # The median of the hard ones is 5.0. The second chosen line meets the second surest others.
+    wanted = {("hard 1", "easy 1"), ("hard 1", "near 1"), ("hard 3", "easy 2"), ("hard 3", "near 0")}
+    assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == wanted
+
+
+def test_with_one_kind_of_others_lines_are_still_used_in_turns() -> None:
+    hard = [line(i, "p0", f"hard {i}") for i in range(3)]
+    easy = [line(10 + i, "p0", f"easy {i}") for i in range(3)]
+    verdicts = [verdict(d, "hard") for d in hard] + [verdict(d, "easy", 9.0 - i) for i, d in enumerate(easy)]
+    pairs = build_pairs(PROMPTS, hard + easy, verdicts, PreferenceConfig(max_pairs=6), seed=0)
+    for lines, which in ((hard, "chosen_id"), (easy, "rejected_id")):
+        assert [sum(getattr(p, which) == d.id for p in pairs) for d in lines] == [2, 2, 2]
