@@ -24,7 +24,7 @@ from kka_ray.features.device import compute_dtype
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.pipeline import KkaFlowPipeline
 
-VERSION = 7
+VERSION = 8
 """Goes into the store's keys; raised when drawing changes."""
 
 

@@ -111,7 +111,8 @@ class _Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.scale = nn.Parameter(torch.full((heads, 1, 1), math.sqrt(width / heads)))
         self.attention_out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        # The exact function: in bfloat16 on a CPU its approximation by tanh takes four times as long.
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.table).chunk(6, 1)
