@@ -304,7 +304,7 @@ def main() -> None:
         result["unseen_gain_ratio"] = None
         result["unseen_gain_reason"] = "no renderer trained without the four superclasses was given"
     else:
-        result |= {"without_superclasses": arguments.without_superclasses, "without_steps": second.config.steps}
+        result["without_steps"] = second.config.steps
         result |= gain_ratio(rows)
     arguments.target.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.target, result)

@@ -234,6 +234,23 @@ def flower_renderer(result: Mapping[str, Any]) -> str:
     )
 
 
+def redraw(result: Mapping[str, Any]) -> str:
+    """How often an image is hard, by the label of another one of its text."""
+    labels = {"hard": "hard", "normal_like": "normal-like", "between": "between", "easy": "easy"}
+    rows = [
+        ["another image of the text is", "share of images that are hard"],
+        ["not looked at", f"{result['hard']:.2f}"],
+    ]
+    for label, words in labels.items():
+        share = result[f"hard_elsewhere_if_{label}"]
+        rows.append([words, "there is none" if share is None else f"{share:.2f}"])
+    return (
+        f"{result['texts']} lines of the zero-th round, {result['draws']} images each. Between texts lie "
+        f"{result['variance_between_texts']:.0%} of the variance of log-hardness; two images of the same text have a "
+        f"rank correlation of {result['rank_correlation']:.2f}.\n\n{_table(rows)}"
+    )
+
+
 def throughput(result: Mapping[str, Any]) -> str:
     """A row a ratio; those that are not measured yet say so."""
     rows = [["measure", "measured", "wanted", ""]]
@@ -262,8 +279,10 @@ def chaos(result: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "renderer": renderer,
+    "renderer_natural": renderer,
     "flower_renderer": flower_renderer,
     "demo": demo,
+    "redraw": redraw,
     "ceiling": ceiling,
     "real_data": real_data,
     "detectors": detectors,
