@@ -9,7 +9,6 @@ the run's data; what the run made is read from its folder. Writes `benchmarks/re
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy.stats import spearmanr
 
 from kka_ray.config import load
 from kka_ray.config.models import RunConfig
 from kka_ray.confusion import judge
+from kka_ray.data.decode import decode
 from kka_ray.experiment import absolute, computing
 from kka_ray.files import write_json
 from kka_ray.prepare import prepare
@@ -77,8 +76,7 @@ def measure(run: Path, draws: int) -> dict[str, Any]:
         rows = judge.rows(config.confusion, prepared.train), judge.rows(config.confusion, prepared.validation)
         if config.confusion.drawn_normals:
             captions = pd.read_parquet(run / "records" / "drawn_normals.parquet")
-            pictures = captions[captions["status"] == "ok"]["image"]
-            own = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in pictures]
+            own = [decode(picture, "a drawn normal") for picture in captions[captions["status"] == "ok"]["image"]]
             rows = judge.with_drawn_normals(*rows, rows_of(own))
         drawn = rows_of(there)
         ids = [f"r0-{i:06d}" for i in range(len(there))]

@@ -4,9 +4,9 @@ DIR holds `cifar100` in Parquet; MODEL is a text-to-image pipeline (builtin:, hu
 `configs/cifar100_furniture.yaml` says unless `--steps` and the like say otherwise. Features are those of
 EfficientNet-Lite0 at 96 px. `--without-superclasses` names a second renderer that was trained without four whole
 superclasses; anomalies of these are what `unseen_gain_ratio` is measured on. A distilled renderer is compared with the
-plain sampler of its `--teacher`. A seed changes the split, what the
-language model writes and what is drawn; of the fidelity, of which `--fidelity-seeds` says the seeds, what is drawn and
-which real images the Fréchet distance compares. Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
+plain sampler of its `--teacher`. A seed changes the split, what the language model writes and what is drawn; of the
+fidelity, of which `--fidelity-seeds` says the seeds, what is drawn and which real images the Fréchet distance compares.
+Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
 """
 
 from __future__ import annotations
