@@ -22,6 +22,7 @@ import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, 
 
 # isort: split
 from ray import tune
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -125,7 +126,10 @@ def _run(
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
         reference = make_reference(base, store, prepare(base, store), progress)
-        note(f"reference: {len(reference.ids)} drawn anomalies, the same for all {len(sweep.trials)} trials")
+        note(
+            f"reference: {len(reference.ids)} drawn anomalies and {len(reference.normals)} drawn normals, the same for "
+            f"all {len(sweep.trials)} trials"
+        )
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params)
         # A trial's process has another current folder, so its paths are resolved here.
@@ -178,6 +182,8 @@ def run_trials(
     # Tune's own progress table, loggers and handling of Ctrl-C give way to ours.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # The new one prints where it keeps its state, whatever its verbosity; that folder is gone at the end.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     with tempfile.TemporaryDirectory(prefix="kka-tune-") as storage:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(function, job=job), _resources(sweep.base)),
@@ -292,13 +298,11 @@ def to_json(result: SweepResult, sweep: Sweep) -> dict[str, Any]:
 
 def table(result: SweepResult, sweep: Sweep) -> Table:
     """The trials, the best marked."""
-    out = Table(title=f"{sweep.config.name}: {sweep.config.objective} of {len(result.outcomes)} trials")
-    out.add_column("trial", justify="right")
-    for name in sweep.config.parameters:
-        out.add_column(name, justify="right")
-    for name in ("objective", "seconds", "made", "found", "kept"):
-        out.add_column(name, justify="right")
-    out.add_column("status")
+    title = f"{sweep.config.name}: {sweep.config.objective} of {len(result.outcomes)} trials"
+    out = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("trial", *_headings(sweep.config.parameters), "objective", "seconds", "made", "found", "kept"):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("status", no_wrap=True)
     for o in result.outcomes:
         mark = " *" if o.number == result.best.number else ""
         values = [_short(o.parameters[name]) for name in sweep.config.parameters]
@@ -317,6 +321,13 @@ def table(result: SweepResult, sweep: Sweep) -> Table:
         )
     out.caption = "* the best; made and found count the outputs of stages"
     return out
+
+
+def _headings(names: Iterable[str]) -> list[str]:
+    """The last part of each dotted name, where no other name ends alike: a terminal is narrow."""
+    full = list(names)
+    last = [name.rpartition(".")[2] for name in full]
+    return [short if last.count(short) == 1 else name for name, short in zip(full, last, strict=True)]
 
 
 def show(result: SweepResult, sweep: Sweep, console: Console) -> None:
@@ -339,6 +350,10 @@ class _Notes(tune.Callback):
 
     def __init__(self, trials: tuple[Trial, ...], note: Callable[[str], None]) -> None:
         self._trials, self._note = trials, note
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks, to restore an experiment, which is never done here; a console cannot be."""
+        return {"_trials": self._trials, "_note": _unheard}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -377,6 +392,10 @@ def _reason(error: Exception | None) -> str:
 
 def _quiet(stage: str, round: int, done: int, total: int) -> None:
     """A trial shows no progress of its own."""
+
+
+def _unheard(line: str) -> None:
+    """Where nobody listens."""
 
 
 def _short(value: Any) -> str:

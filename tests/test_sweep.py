@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from kka_ray import assets, objective, sweep
 from kka_ray.cluster import fits, train
@@ -24,10 +26,11 @@ from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.errors import ResourceError, StageError
+from kka_ray.evaluation import unseen_drawn_normals
 from kka_ray.experiment import absolute, computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
-from kka_ray.objective import Reference, aucs, in_reference_half, reference_of, validation_auc
+from kka_ray.objective import Reference, in_reference_half, mean_aucs, reference_of, validation_auc
 from kka_ray.places import Place
 from kka_ray.prepare import prepare
 from kka_ray.records import Description, Verdict
@@ -144,10 +147,21 @@ class ByFirstFeature:
         return type("Scores", (), {"score": features.pooled[:, 0]})()
 
 
-def test_the_objective_is_the_auc_of_validation_normals_and_the_reference() -> None:
-    normals = Features(np.array([[0.0], [1.0], [2.0], [3.0]], np.float32))
+def test_the_objective_weighs_real_and_drawn_normals_alike_however_many_there_are() -> None:
+    real = Features(np.array([[0.0], [1.0], [2.0], [3.0]], np.float32))
+    drawn = Features(np.array([[3.0]], np.float32))
     anomalies = Features(np.array([[2.5], [4.0]], np.float32))
-    assert aucs([ByFirstFeature()], normals, anomalies) == [7 / 8]  # type: ignore[list-item]
+    assert mean_aucs([ByFirstFeature()], [real], anomalies) == [7 / 8]  # type: ignore[list-item]
+    assert mean_aucs([ByFirstFeature()], [real, drawn], anomalies) == [(7 / 8 + 1 / 2) / 2]  # type: ignore[list-item]
+
+
+def test_drawn_normals_that_train_detectors_do_not_measure_them() -> None:
+    result = zeroth()
+    result.normals = drawn([f"n{i:03d}" for i in range(7)])
+    result.normals.features = Features(np.arange(14, dtype=np.float32).reshape(7, 2))
+    config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "detect": {"drawn_normals": True}})
+    assert [int(image[0, 0, 0]) for image in reference_of(result).normals] == [1, 3, 5]
+    assert unseen_drawn_normals(config, result).pooled.tolist() == [[2, 3], [6, 7], [10, 11]]
 
 
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="the backbone is not installed")
@@ -230,6 +244,23 @@ def test_the_results_are_plain_json_and_a_row_a_trial(small: Sweep, tmp_path: Pa
     assert [t["objective"] is None for t in written["trials"]] == [False, True, False, False, False, False]
     assert written["best"] == len(rows) - 1
     assert table(result, small).row_count == len(rows)
+
+
+def test_the_table_fits_a_narrow_terminal(small: Sweep, tmp_path: Path) -> None:
+    rows = [Outcome(t.number, dict(t.overrides), 0.9 + t.number / 100, [0.5], 3000.0) for t in small.trials]
+    result = sweep.SweepResult(str(tmp_path), rows, best_of(rows), (), None, 9.0)
+    heard = Console(file=StringIO(), width=80)
+    heard.print(table(result, small))
+    shown = heard.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert "0.9500 *" in shown
+    assert {"rounds", "upper", "beta"} < set(shown.split())
+
+
+def test_parameters_whose_names_end_alike_keep_the_whole() -> None:
+    assert sweep._headings(["loop.rounds", "render.steps", "preference.steps"]) == [
+        *("rounds", "render.steps", "preference.steps"),
+    ]
 
 
 class FakePools:
@@ -438,10 +469,11 @@ def test_trials_on_a_cluster_end_without_leaks(small: Sweep, tmp_path: Path) -> 
     from kka_ray.cluster.session import session
 
     four = Sweep(small.config, small.base, tuple(Trial(i, {"loop.rounds": i}, small.base) for i in range(4)))
-    notes: list[str] = []
+    heard = StringIO()
     with session(small.base.cluster):
         ledger = leases.start()
-        outcomes = run_trials(tiny(), tmp_path, four, notes.append)
+        # A console, as the command line has: Tune pickles what a sweep is told.
+        outcomes = run_trials(tiny(), tmp_path, four, Console(file=heard, width=1000).print)
         deadline = time.monotonic() + 30
         while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -453,4 +485,4 @@ def test_trials_on_a_cluster_end_without_leaks(small: Sweep, tmp_path: Path) -> 
     assert (tmp_path / "trained").exists()
     assert groups == []
     assert free == total
-    assert len([n for n in notes if n.startswith("trial ")]) >= 4
+    assert len([line for line in heard.getvalue().splitlines() if line.startswith("trial ")]) >= 4

@@ -108,7 +108,7 @@ def test_the_seed_matters_to_what_is_random(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in IGNORE_ANOMALIES])
 def test_what_weighs_more_among_anomalies_scores_more(kind):
     """Two sorts of anomalies, on two sides: each scores the more beside the other, the more it weighs."""
-    sorts = [_features(20, 5, 0.6), _features(20, 6, -0.6)]
+    sorts = [_features(20, 5, 0.3), _features(20, 6, -0.3)]
     margins = []
     for weights in ((50, 1), (1, 1), (1, 50)):
         detector = build(_config(kind))

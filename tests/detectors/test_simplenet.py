@@ -97,3 +97,35 @@ def test_a_channel_that_normals_never_use_stays_bounded():
     probe = torch.zeros(1, 4)
     probe[0, 0] = 1.0
     assert float(((probe - branch.mean) / branch.std).abs().max()) < 40
+
+
+def test_the_folded_branch_scores_as_the_layers_do():
+    branch, x = _branch()
+    rows = x.view(20, 15, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(branch.folded()(rows), branch(rows), rtol=1e-5, atol=1e-5)
+
+
+def _patchy(count: int, generator: torch.Generator, odd: bool = False) -> Features:
+    """Images of 4 x 4 patches; with `odd` each of them has one far patch of its own."""
+    patches = torch.randn(count, 4, 4, 64, generator=generator) * 0.1
+    if odd:
+        patches[:, 0, 0] += torch.randn(count, 64, generator=generator).sign() * 20
+    return Features(torch.randn(count, 8, generator=generator).numpy(), patches.half().numpy())
+
+
+def test_patches_do_not_count_where_held_out_normals_have_anomalous_ones():
+    generator = torch.Generator().manual_seed(0)
+    train, alike, odd = _patchy(60, generator), _patchy(20, generator), _patchy(20, generator, odd=True)
+    test = _patchy(30, generator, odd=True)
+    trusted, distrusted = SimpleNetDetector(SimpleNet(epochs=2)), SimpleNetDetector(SimpleNet(epochs=2))
+    trusted.fit(train, None, alike, 0)
+    distrusted.fit(train, None, odd, 0)
+    image = SimpleNetDetector(SimpleNet(epochs=2, patch_weight=0))
+    image.fit(train, None, odd, 0)
+    assert trusted.state()[1]["trust"] > 0.5
+    assert distrusted.state()[1]["trust"] == 0
+    assert np.array_equal(distrusted.score(test), image.score(test))
+    assert not np.allclose(trusted.score(test), image.score(test))
+    restored = SimpleNetDetector(SimpleNet(epochs=2)).restore(*trusted.state())
+    assert np.array_equal(restored.score(test), trusted.score(test))

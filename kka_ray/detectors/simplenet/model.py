@@ -34,6 +34,8 @@ class SimpleNetDetector(Detector):
     def __init__(self, config: SimpleNet | PixelSimpleNet) -> None:
         self.config = config
         self._branches: dict[str, Branch] = {}
+        self._trust = 1.0
+        """What `patch_weight` is multiplied by: how far the branch of patches can be believed, 0..1."""
         self._caution = 1.0
         """What the learning rate is multiplied by: few normals are soon known by heart."""
 
@@ -48,6 +50,9 @@ class SimpleNetDetector(Detector):
         generator = torch.Generator().manual_seed(seed)
         self._branches = {name: self._fit_image(name, normals, anomalies, generator) for name in self._images}
         self._branches[_PATCH] = self._fit_patch(normals, anomalies, generator)
+        # -margin is where normals were to lie, 0 the boundary, +margin where anomalies were to lie.
+        worst = float(np.median(self._patch_scores(validation).max((1, 2))))
+        self._trust = float(np.clip(1 - worst / self.config.margin, 0, 1))
 
     def _fit_image(
         self, name: str, normals: Features, anomalies: Features | None, generator: torch.Generator
@@ -83,12 +88,12 @@ class SimpleNetDetector(Detector):
         return branch
 
     def score(self, features: Features) -> np.ndarray:
-        """Mean -D of the image plus `patch_weight` times -D of its worst patch."""
+        """Mean -D of the image plus -D of its worst patch, times `patch_weight` and the trust in that branch."""
         whole = torch.from_numpy(features.statistics()).split(_CHUNK)
         members = [self._branches[name] for name in self._images]
         with torch.no_grad():
             image = torch.cat([-_mean(members, x) for x in whole]).numpy()
-        total: np.ndarray = image + self.config.patch_weight * self._patch_scores(features).max((1, 2))
+        total: np.ndarray = image + self._patch_weight * self._patch_scores(features).max((1, 2))
         return total.astype(np.float32)
 
     def heatmap(self, features: Features) -> np.ndarray:
@@ -97,14 +102,17 @@ class SimpleNetDetector(Detector):
 
     def network(self) -> nn.Module:
         members = [self._branches[name] for name in self._images]
-        return _Score(members, self._branches[_PATCH], self.config.patch_weight)
+        return _Score(members, self._branches[_PATCH], self._patch_weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}, {}
+        return {f"{name}.{k}": v for name, b in self._branches.items() for k, v in b.state_dict().items()}, {
+            "trust": self._trust
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
         if "scales" in values:
             raise AssetError("this SimpleNet was saved when its branches had scales of their own: fit it again")
+        self._trust = values.get("trust", 1.0)
         for name in (*self._images, _PATCH):
             own = part(tensors, name)
             branch = self._new_branch(len(own["mean"]))
@@ -116,6 +124,10 @@ class SimpleNetDetector(Detector):
     def _images(self) -> list[str]:
         """Names of the branches of whole images."""
         return [f"image-{k}" for k in range(self.config.members)]
+
+    @property
+    def _patch_weight(self) -> float:
+        return self.config.patch_weight * self._trust
 
     def _new_branch(self, channels: int) -> Branch:
         width = min(self.config.width, channels)
@@ -156,7 +168,8 @@ class SimpleNetDetector(Detector):
 
     @torch.no_grad()
     def _patch_scores(self, features: Features) -> np.ndarray:
-        scores = [-self._branches[_PATCH](x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
+        branch = self._branches[_PATCH].folded()
+        scores = [-branch(x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
         return on_grid(torch.cat(scores), features)
 
 
