@@ -251,6 +251,17 @@ def redraw(result: Mapping[str, Any]) -> str:
     )
 
 
+def objective(result: Mapping[str, Any]) -> str:
+    """What each measure without the test images gives the arms, and how it ranks detectors."""
+    names = ["test", "validation", "drawn", "objective"]
+    rows = [["fitted with", "test", "validation normals", "drawn normals", "mean of the two: the objective"]]
+    rows += [[_ARMS.get(row["arm"], row["arm"]), *(f"{row[n]:.4f}" for n in names)] for row in result["arms"]]
+    ranks = result["rank_correlation"]
+    rows.append(["rank correlation with the test AUC", "", *(f"{ranks[n]:.2f}" for n in names[1:])])
+    runs = len({row["run"] for row in result["rows"]})
+    return f"{result['detector']}, {len(result['rows'])} detectors of {runs} runs. AUC over:\n\n{_table(rows)}"
+
+
 def throughput(result: Mapping[str, Any]) -> str:
     """A row a ratio; those that are not measured yet say so."""
     rows = [["measure", "measured", "wanted", ""]]
@@ -283,6 +294,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "flower_renderer": flower_renderer,
     "demo": demo,
     "redraw": redraw,
+    "objective": objective,
     "ceiling": ceiling,
     "real_data": real_data,
     "detectors": detectors,

@@ -25,7 +25,7 @@ from kka_ray.features import efficientnet
 from kka_ray.features.base import Features
 from kka_ray.features.onnx import Encoder, OnnxEncoder
 from kka_ray.features.pixels import pixels as to_pixels
-from kka_ray.features.pixels import resize
+from kka_ray.features.pixels import resize_all
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,7 +85,7 @@ class Backbone:
     def forward(self, x: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
         """Pooled features float32 (N, D) and, if asked for, patches float16 (N, h, w, C) of images as float32
         (N, 3, S, S) in 0..255, resized to `config.image_size` S already."""
-        x = (x.to(self.device) / 255 - self._mean) / self._std
+        x = (x.to(self.device) / 255).sub_(self._mean).div_(self._std)
         vector, grid = self._encoder(x.contiguous(memory_format=torch.channels_last), patches)
         if grid is not None:
             # Some networks have maps beyond the range of float16, which ends at 65,504.
@@ -106,8 +106,8 @@ class Backbone:
         batch = min(self.config.batch, _CPU_BATCH) if self.device.type == "cpu" else self.config.batch
         pooled, grids = [], []
         for start in range(0, len(images), batch):
-            chunk = [resize(x, start + i, self.config.image_size) for i, x in enumerate(images[start : start + batch])]
-            vector, grid = self.forward(torch.stack(chunk), patches)
+            chunk = resize_all(images[start : start + batch], start, self.config.image_size)
+            vector, grid = self.forward(chunk, patches)
             pooled.append(vector.cpu().numpy())
             if grid is not None:
                 grids.append(grid.cpu().numpy())

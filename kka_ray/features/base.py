@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ class Features:
         if self.patches is None:
             return self.pooled
         parts = []
-        for start in range(0, len(self), 256):
-            grid = self.patches[start : start + 256].astype(np.float32)
-            parts.append(np.concatenate([grid.mean((1, 2)), grid.std((1, 2)), grid.max((1, 2))], axis=1))
+        for some in torch.from_numpy(self.patches).flatten(1, 2).split(256):
+            grid = some.float()
+            mean = grid.mean(1)
+            deviation = (grid - mean[:, None]).square_().mean(1).sqrt_()
+            parts.append(torch.cat([mean, deviation, grid.amax(1)], 1).numpy())
         return np.concatenate([self.pooled, *([np.concatenate(parts)] if parts else [])], axis=1)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Features:

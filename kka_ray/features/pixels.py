@@ -26,6 +26,18 @@ def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
+def resize_all(images: Sequence[np.ndarray], first: int, size: int) -> Tensor:
+    """`resize` of each image, (N, 3, size, size), to the bit; `first` is the index of the first one.
+
+    Colour images of one shape, as those of most data sets are, are resized together, which is faster.
+    """
+    shapes = {(x.shape, x.dtype) for x in images}
+    (shape, dtype), *others = shapes
+    if others or dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        return torch.stack([resize(image, first + i, size) for i, image in enumerate(images)])
+    return _interpolate(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float(), size)
+
+
 def resize(image: np.ndarray, index: int, size: int) -> Tensor:
     """An image, resized bilinearly to a square, as float32 (3, size, size) in 0..255.
 
@@ -38,7 +50,11 @@ def resize(image: np.ndarray, index: int, size: int) -> Tensor:
     if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
         raise DataError(f"image {index} has shape {image.shape}: images must be (H, W, 3) in RGB, or (H, W) in grey")
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    if x.shape[-2:] != (size, size):
-        shrinks = max(x.shape[-2:]) > size
-        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
-    return x[0].expand(3, -1, -1)
+    return _interpolate(x, size)[0].expand(3, -1, -1)
+
+
+def _interpolate(x: Tensor, size: int) -> Tensor:
+    if x.shape[-2:] == (size, size):
+        return x
+    shrinks = max(x.shape[-2:]) > size
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)

@@ -20,6 +20,8 @@ from kka_ray.features.base import Features
 
 _PATCH = "patch"
 _CHUNK = 128
+_PATCH_CHUNK = 8
+"""Images whose patches are scored at a time: what lies between the layers stays in the cache."""
 _MANY = 1000
 """Normals from which on the learning rate is the configured one."""
 _PATCH_ANOMALIES = 16
@@ -169,7 +171,7 @@ class SimpleNetDetector(Detector):
     @torch.no_grad()
     def _patch_scores(self, features: Features) -> np.ndarray:
         branch = self._branches[_PATCH].folded()
-        scores = [-branch(x.float()) for x in patch_rows(features, "SimpleNet").split(_CHUNK)]
+        scores = [-branch(x.float()) for x in patch_rows(features, "SimpleNet").split(_PATCH_CHUNK)]
         return on_grid(torch.cat(scores), features)
 
 
