@@ -104,13 +104,17 @@ def sweep(
 
     if dry_run:
         for trial in resolved.trials:
-            console.print(f"{trial.number}: {trial.overrides}", highlight=False, markup=False)
+            console.print(sweeping.name_of(trial), highlight=False, markup=False, soft_wrap=True)
         console.print(
             f"# resource plan\n{sweeping.sweep_plan(resolved.base, resolved.config.concurrency)}", highlight=False
         )
         return
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     with Reporter(console) as reporter:
-        done = sweeping.run(resolved, reporter.progress, reporter.warn, console.print, verbose=verbose)
+        done = sweeping.run(resolved, reporter.progress, reporter.warn, note, verbose=verbose)
     sweeping.show(done, resolved, console)
 
 

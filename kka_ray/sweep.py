@@ -323,6 +323,12 @@ def table(result: SweepResult, sweep: Sweep) -> Table:
     return out
 
 
+def name_of(trial: Trial) -> str:
+    """A trial's number and parameters, in one line."""
+    values = ", ".join(f"{k}={_short(v)}" for k, v in trial.overrides.items())
+    return f"trial {trial.number} ({values})"
+
+
 def _headings(names: Iterable[str]) -> list[str]:
     """The last part of each dotted name, where no other name ends alike: a terminal is narrow."""
     full = list(names)
@@ -368,9 +374,7 @@ class _Notes(tune.Callback):
         self._note(f"{self._head(trial)}: its process failed")
 
     def _head(self, trial: Any) -> str:
-        ours = self._trials[trial.config["trial"]]
-        values = ", ".join(f"{k}={_short(v)}" for k, v in ours.overrides.items())
-        return f"trial {ours.number + 1}/{len(self._trials)} ({values})"
+        return name_of(self._trials[trial.config["trial"]])
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:

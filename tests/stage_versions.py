@@ -1,7 +1,7 @@
 """Which sources make the outputs of each stage, and what they were when its VERSION was last raised.
 
-`python -m tests.stage_versions` records the present sources after a VERSION was raised. `--equal STAGE` records those of
-a stage whose VERSION stays, since a test shows that its outputs are equal to the bit.
+`python -m tests.stage_versions` records the present sources after a VERSION was raised. `--equal STAGE` records those
+of a stage whose VERSION stays, since a test shows that its outputs are equal to the bit.
 """
 
 from __future__ import annotations

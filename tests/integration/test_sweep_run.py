@@ -26,7 +26,7 @@ def test_a_sweep_runs_its_trials_and_its_champion_and_shares_what_they_have_in_c
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     output = finish(kka(tmp_path, "sweep", "sweep.yaml"))
 
-    assert "trial 1/2 (loop.rounds=0, preference.beta=0.1)" in output
+    assert "trial 0 (loop.rounds=0, preference.beta=0.1): " in output
     assert "best: loop.rounds=" in output
     assert "Configuration for experiment" not in output
     assert "kka-tune-" not in output
