@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
+from kka_ray.errors import ConfigError
 from kka_ray.evaluation import spread
 from kka_ray.experiment import run
 from kka_ray.files import write_json
@@ -20,6 +21,8 @@ from kka_ray.loop import Progress
 Read = Callable[[dict[str, Any]], float]
 
 _ROUNDING = 1e-9
+_CONTROLS = ("noise", "cutpaste")
+"""Sets without a language model that KKA's is held against."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def demo(
     """Runs the configuration once a seed, as NAME-seed-K, and writes the figures to `target` as JSON; returns them.
 
     Runs that are finished are read from the store. A seed changes everything: the normals, their split, what is
-    written and drawn, and the detectors.
+    written and drawn, and the detectors. Raises ConfigError for a configuration that lacks what the checks look at.
     """
+    _check(config)
     summaries = []
     for seed in range(seeds):
         say(f"seed {seed + 1} of {seeds}")
@@ -65,6 +69,18 @@ def demo(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, result)
     return result
+
+
+def _check(config: RunConfig) -> None:
+    """Before the first run, which takes long."""
+    detect = config.detect
+    lacking = [
+        *([] if config.data.kind == "flowers" else ["data.kind: flowers, whose truth is known"]),
+        *([] if any(d.kind == "knn" for d in detect.detectors) else ["knn among detect.detectors"]),
+        *(f"{control} among detect.controls" for control in _CONTROLS if control not in detect.controls),
+    ]
+    if lacking:
+        raise ConfigError(f"the demo's checks cannot be made without {'; '.join(lacking)}")
 
 
 def collect(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def _best_without(summary: dict[str, Any]) -> float:
 
 def _control(summary: dict[str, Any]) -> float:
     arms = summary["detectors"][summary["detector"]]
-    return max(float(arms[a]["mean"]) for a in ("noise", "cutpaste"))
+    return max(float(arms[a]["mean"]) for a in _CONTROLS)
 
 
 CHECKS = (

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from kka_ray import assets
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
+from kka_ray.errors import StoreError
 
 TEXT_MODEL = "builtin:minilm-l6-v2"
 """Every run embeds text with it."""
@@ -101,7 +102,7 @@ def _packages() -> Iterator[Finding]:
 
 def _optional_packages(config: RunConfig | None) -> Iterator[Finding]:
     needed = set()
-    if config and config.describe.sampler.kind == "vllm":
+    if config and config.describe.sampler.kind == "vllm" and not config.cluster.samplers.runtime_env.pip:
         needed.add("vllm")
     if config and config.preference.load_in_4bit:
         needed.add("bitsandbytes")
@@ -212,7 +213,11 @@ def _disk(config: RunConfig | None) -> Iterator[Finding]:
     command = "export KKA_CACHE=FOLDER  # on a disk with more room"
     yield _room("disk of the models", cache, free, needed, command)
     uri = (config.store if config else StoreConfig()).uri
-    store_free = Store(uri).free_bytes()
+    try:
+        store_free = Store(uri).free_bytes()
+    except StoreError as error:
+        yield Finding("store", "missing", str(error), "see there, or -o store.uri=URI")
+        return
     if store_free is None:
         yield Finding("disk of the store", "info", f"{uri} does not say how much is free")
     else:
@@ -266,6 +271,10 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
             yield Finding(key, "missing", reference, _model_remedy(key, reference))
     if not assets.is_present(TEXT_MODEL):
         yield Finding("text embeddings", "missing", TEXT_MODEL, "kka setup")
+    outside = config.detect.outside
+    if outside and not Path(outside).is_dir():
+        command = "kka run CONFIG -o detect.outside=FOLDER"
+        yield Finding("detect.outside", "missing", f"there is no folder {outside}", command)
     if isinstance(config.data, FlowersData):
         yield Finding("data", "ok", "flowers, drawn by kka_ray itself")
         return

@@ -83,6 +83,7 @@ def _run(
     hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
+    tracking.check(config)
     with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads), ExitStack() as stack:
         make_plan(config).check(nodes())
         with closing(Pools(config, store.uri)) as pools:
@@ -116,7 +117,13 @@ def _run(
         write_json(folder / "summary.json", summary)
         write_report(folder)
     place.keep("references.json", "summary.json")
-    tracking.log_run(config, summary, folder, parent)
+    try:
+        tracking.log_run(config, summary, folder, parent)
+    except ResourceError as error:
+        raise ResourceError(
+            f"the run is complete ({place.name}), but {error}. The same command again finds all of it in the store and "
+            "tracks it"
+        ) from error
     return summary
 
 
@@ -294,7 +301,8 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
     return {
         "described": len(r.descriptions),
         "unique": len({raw.strip().lower() for _, raw in r.drawn.raw}),
-        "rejected": dict(sorted(Counter(d.reason for d in r.descriptions if d.reason).items())),
+        # What an error said is in its row: free text makes no name to count or to track under.
+        "rejected": dict(sorted(Counter(d.reason.partition(":")[0] for d in r.descriptions if d.reason).items())),
         "rendered": len(r.drawn.ids),
         "failed": sum(x.status == "failed" for x in r.drawn.renderings),
         "mismatched": len(r.drawn.mismatched),

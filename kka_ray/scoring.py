@@ -6,7 +6,7 @@ import csv
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,14 +139,20 @@ def score_folder(
         raise DataError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))}); name an image or a folder with some")
     if (output / "heatmaps").exists() and not (output / "scores.csv").is_file():
         raise DataError(f"{output / 'heatmaps'} was not made by a scoring; choose another --output, or remove it")
+    fresh = not output.exists()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        output.mkdir(parents=True, exist_ok=True)
+        # In it and not beside it: it may be a mounted disk of its own.
+        with tempfile.TemporaryDirectory(dir=output, prefix=".scoring-") as temporary:
             work = Path(temporary)
             result = _score(files, tuned, work, heatmaps, console)
             _put_in_place(work, output)
     except OSError as error:
         raise ResourceError(f"cannot write the scores into {output}: {error}") from error
+    finally:
+        if fresh:
+            with suppress(OSError):
+                output.rmdir()  # of nothing, where it was not reached
     return result
 
 
@@ -196,17 +202,19 @@ def _score(
 
 
 def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
-    """(name, path) of the images, sorted by name; hidden files and those in `output` are left out."""
+    """(name, path) of the images, sorted by name; hidden files and what a scoring made in `output` are left out."""
     if images.is_file():
         return [(images.name, images)]
     if not images.is_dir():
         raise DataError(f"there is no image or folder {images}")
-    own = output.resolve()
+    sheet, maps = output.resolve() / "contact_sheet.png", output.resolve() / "heatmaps"
     found = []
     for path in images.rglob("*"):
         name = path.relative_to(images)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file() and own not in path.resolve().parents:
+        if path.suffix.lower() not in SUFFIXES or hidden or not path.is_file():
+            continue
+        if path.resolve() != sheet and maps not in path.resolve().parents:
             found.append((name.as_posix(), path))
     return sorted(found)
 
@@ -250,7 +258,6 @@ def _write_csv(path: Path, rows: Sequence[_Row]) -> None:
 
 def _put_in_place(work: Path, output: Path) -> None:
     """Moves what was made into `output`; the table goes first and comes last, never to lie beside others' maps."""
-    output.mkdir(parents=True, exist_ok=True)
     (output / "scores.csv").unlink(missing_ok=True)
     if (output / "heatmaps").exists():
         shutil.rmtree(output / "heatmaps")

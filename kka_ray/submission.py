@@ -26,10 +26,8 @@ from rich.console import Console
 
 from kka_ray import tracking
 from kka_ray.config import RunConfig, load
-from kka_ray.config.models import FlowersData
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
-from kka_ray.places import is_uri
 
 EXCLUDES = (
     "/data/",
@@ -46,6 +44,12 @@ EXCLUDES = (
 """What of the repository is not uploaded, as in .gitignore. `/data/` has its slash: `kka_ray/data` is source."""
 
 VERBS = ("run", "sweep")
+_WRITTEN = {
+    "output": "a folder that the cluster's nodes share, or a URI",
+    "store.uri": "a folder that the cluster's nodes share, or a URI",
+    "tracking.uri": "a tracking server, or a file that the nodes share",
+}
+_SHARED = {"tracking.uri": f"{tracking.SQLITE}/shared/kka/mlflow.db"}
 _PASSED_ON = ("KKA_CACHE",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -85,19 +89,18 @@ def submit_and_follow(
         metadata={"kka": f"{wanted.verb} {wanted.config.name}"},
     )
     console.print(f"submitted {job} to {address}", highlight=False, soft_wrap=True)
+    ray = "RAY_AUTH_MODE=token ray" if headers else "ray"
+    further = (
+        f"the job goes on.\nfollow it: {ray} job logs {job} --follow --address {address}\n"
+        f"stop it:   {ray} job stop {job} --address {address}"
+    )
     try:
-        _follow(client, job, console)
-        return _ended(client, job, console)
+        return _ended(_follow(client, job, console), job, console)
     except KeyboardInterrupt:
-        ray = "RAY_AUTH_MODE=token ray" if headers else "ray"
-        console.print(
-            f"\nno longer following; the job goes on.\n"
-            f"follow it: {ray} job logs {job} --follow --address {address}\n"
-            f"stop it:   {ray} job stop {job} --address {address}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"\nno longer following; {further}", highlight=False, soft_wrap=True)
         return _INTERRUPTED
+    except ResourceError as error:
+        raise ResourceError(f"{error}\n{further}") from error
 
 
 def entry(wanted: Submission, *, here: bool) -> str:
@@ -121,27 +124,28 @@ def entry(wanted: Submission, *, here: bool) -> str:
         config, prefix = load(file, RunConfig, wanted.overrides), ""
     else:
         config, prefix = load_sweep(file, wanted.overrides).base, "run."
+    # Imported late: it brings Ray along.
+    from kka_ray.experiment import absolute
+
     overrides = list(wanted.overrides)
-    for name, value in (("output", config.output), ("store.uri", config.store.uri)):
-        if is_uri(value) or Path(value).is_absolute():
+    given = dict(tracking.flatten(config.model_dump(mode="json")))
+    resolved = dict(tracking.flatten(absolute(config).model_dump(mode="json")))
+    for name in sorted(resolved, key=lambda n: n != "output"):  # the others may follow from it
+        value = resolved[name]
+        if given[name] == value:
             continue
-        if not here:
+        if here:
+            overrides.append(f"{prefix}{name}={value}")
+        elif name in _WRITTEN:
             raise ConfigError(
-                f"{name} is {value!r}, which a job would write into its upload, a temporary folder of the cluster. "
-                f"Name a folder that the cluster's nodes share, as in -o {prefix}{name}=/shared/kka, or a URI"
+                f"{name} is {given[name]!r}, which a job would write into its upload, a temporary folder of the "
+                f"cluster. Name {_WRITTEN[name]}, as in -o {prefix}{name}={_SHARED.get(name, '/shared/kka')}"
             )
-        overrides.append(f"{prefix}{name}={Path(value).resolve()}")
-    tracked = config.tracking.uri or ""
-    if tracking.absolute(tracked) != tracked:
-        if not here:
+        elif not Path(value).is_relative_to(folder) or _excluded(Path(value).relative_to(folder).as_posix()):
             raise ConfigError(
-                f"tracking.uri is {tracked!r}, a file that a job would write into its upload, a temporary "
-                f"folder of the cluster. Name a tracking server, or a file that the nodes share, as in "
-                f"-o {prefix}tracking.uri={tracking.SQLITE}/shared/kka/mlflow.db"
+                f"{name} is {given[name]!r}, which is not uploaded ({', '.join(EXCLUDES)}). Name a folder that the "
+                f"cluster's nodes share, as in -o {prefix}{name}=/shared/{Path(value).name}"
             )
-        overrides.append(f"{prefix}tracking.uri={tracking.absolute(tracked)}")
-    if here and not isinstance(config.data, FlowersData) and not Path(config.data.path).is_absolute():
-        overrides.append(f"{prefix}data.path={Path(config.data.path).resolve()}")
     options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
 
@@ -255,20 +259,28 @@ def _client(address: str, headers: Mapping[str, str]) -> Any:
     return JobSubmissionClient(address, headers=dict(headers))
 
 
-def _follow(client: Any, job: str, console: Console) -> None:
-    """Prints the job's log until it ends. A lost connection is taken up again where it broke off."""
+def _follow(client: Any, job: str, console: Console) -> Any:
+    """Prints the job's log until it ends, and returns what the cluster says of it then.
+
+    A lost connection is taken up again where it broke off. Raises ResourceError if that fails several times in a row.
+    """
     log, failures = _Log(console), 0
     while True:
+        before = log.printed
         try:
             asyncio.run(_tail(client, job, log))
-        except (OSError, RuntimeError, ClientError) as error:
-            failures += 1
+            details = client.get_job_info(job)
+        except (OSError, RuntimeError, ClientError) as error:  # OSError: of requests, too
+            failures = 1 if log.printed > before else failures + 1
             if failures > _RECONNECTS:
-                raise ResourceError(f"lost the connection to the job {job} {failures} times: {error}") from error
+                raise ResourceError(
+                    f"lost the connection to the job {job} {failures} times in a row: {error}"
+                ) from error
             time.sleep(_POLL)
             continue
-        if client.get_job_info(job).status.is_terminal():
-            return
+        if details.status.is_terminal():
+            return details
+        failures = 0
         time.sleep(_POLL)
 
 
@@ -291,8 +303,7 @@ async def _tail(client: Any, job: str, log: _Log) -> None:
             log.printed = seen
 
 
-def _ended(client: Any, job: str, console: Console) -> int:
-    details = client.get_job_info(job)
+def _ended(details: Any, job: str, console: Console) -> int:
     status = str(details.status)
     if status == "SUCCEEDED":
         console.print(f"{job} succeeded", highlight=False)

@@ -120,6 +120,7 @@ def _run(
     started = time.perf_counter()
     _claim(place, sweep.config)
     store = Store(base.store.uri)
+    tracking.check(base)
     uri = tracking.tracking_uri(base)
     with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
         sweep_plan(base, sweep.config.concurrency).check(nodes())
@@ -140,11 +141,11 @@ def _run(
             result = SweepResult(place.name, outcomes, best_of(outcomes), reference.ids, None, _since(started))
             # As it was written: its name is not to change with the folder that the sweep is started in.
             chosen = champion_config(sweep, sweep.trials[result.best.number])
-            _write(place, result, sweep, chosen)
+            _write(place, result, sweep, chosen, store.used)
             if sweep.config.champion_evaluation:
                 champion = run_experiment(chosen, progress, say, verbose=verbose, parent=parent).summary
                 result = replace(result, champion=champion, wall_seconds=_since(started))
-                _write(place, result, sweep, chosen)
+                _write(place, result, sweep, chosen, store.used)
         except BaseException:
             tracking.end_run(uri, parent, {}, failed=True)
             raise
@@ -419,11 +420,16 @@ def _claim(place: Place, config: SweepConfig) -> None:
     place.keep("sweep.yaml")
 
 
-def _write(place: Place, result: SweepResult, sweep: Sweep, chosen: RunConfig) -> None:
-    """The results, the best configuration, and what the trials hold in the store, so that housekeeping spares it."""
+def _write(
+    place: Place, result: SweepResult, sweep: Sweep, chosen: RunConfig, reference: Iterable[tuple[str, str]]
+) -> None:
+    """The results, the best configuration, and what the trials and their reference hold in the store, so that
+    housekeeping spares it."""
     write_json(place.here / "sweep.json", to_json(result, sweep))
     write_text(place.here / "best.yaml", dump(chosen))
-    write_json(place.here / "references.json", sorted({(s, k) for o in result.outcomes for s, k in o.outputs}))
+    write_json(
+        place.here / "references.json", sorted({*reference, *((s, k) for o in result.outcomes for s, k in o.outputs)})
+    )
     place.keep("references.json")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kka_ray.config.models import RunConfig
+from kka_ray.errors import ResourceError
 
 # Before MLflow is imported: a run sends nothing to anybody.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -16,6 +19,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 SQLITE = "sqlite:///"
 """How the URI of a SQLite file begins."""
+
+
+_QUICK = "2"
+"""Retries of a request that only asks whether a server is there; MLflow's own number takes minutes."""
 
 
 def default_uri(output: Path) -> str:
@@ -34,14 +41,57 @@ def tracking_uri(config: RunConfig) -> str:
     return config.tracking.uri or default_uri(Path(config.output))
 
 
+def check(config: RunConfig) -> None:
+    """Raises ResourceError if a tracking server is configured and cannot be reached: better now than after the run."""
+    uri = tracking_uri(config)
+    if _folder(uri) is not None:
+        return
+    retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(retries)
+    os.environ.setdefault(retries, _QUICK)
+    try:
+        with _reaching(uri):
+            _experiment(_client(uri), config.tracking.experiment, uri)
+    finally:
+        if before is None:
+            del os.environ[retries]
+
+
+@contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """What goes wrong with a tracking store becomes a ResourceError that names it."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ResourceError(
+            f"MLflow at {_without_password(uri)} does not take the results (tracking.uri): {type(error).__name__}: "
+            f"{text}. Start it, or track elsewhere with -o tracking.uri=URI"
+        ) from error
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None = None) -> str:
     """Writes a finished run and its rounds; returns the id of the MLflow run.
 
     `parent` is the id of the run that this one belongs to, as in a sweep. The client is used, not the global active
-    run, so that several runs can be written by one process.
+    run, so that several runs can be written by one process. Raises ResourceError if the store does not take it.
     """
-    client = _client(tracking_uri(config))
-    experiment = _experiment(client, config.tracking.experiment, tracking_uri(config))
+    uri = tracking_uri(config)
+    with _reaching(uri):
+        return _log_run(uri, config, summary, folder, parent)
+
+
+def _log_run(uri: str, config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None) -> str:
+    client = _client(uri)
+    experiment = _experiment(client, config.tracking.experiment, uri)
     tags = {"mlflow.runName": config.name, "kka.config_hash": str(summary["config_hash"])}
     if parent:
         tags["mlflow.parentRunId"] = parent
@@ -70,14 +120,16 @@ def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent:
 def start_run(uri: str, experiment: str, name: str, params: Mapping[str, Any], *, parent: str | None = None) -> str:
     """Opens an MLflow run and returns its id; `parent` is the run that it belongs to.
 
-    `uri` is given and not looked up, since a worker process knows nothing of its driver's tracking server.
+    `uri` is given and not looked up, since a worker process knows nothing of its driver's tracking server. Raises
+    ResourceError if the store does not take it.
     """
-    client = _client(uri)
-    experiment_id = _experiment(client, experiment, uri)
-    tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
-    run = client.create_run(experiment_id, tags=tags).info.run_id
-    for key, value in params.items():
-        client.log_param(run, key, str(value)[:500])
+    with _reaching(uri):
+        client = _client(uri)
+        experiment_id = _experiment(client, experiment, uri)
+        tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
+        run = client.create_run(experiment_id, tags=tags).info.run_id
+        for key, value in params.items():
+            client.log_param(run, key, str(value)[:500])
     return str(run)
 
 

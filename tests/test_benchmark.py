@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from kka_ray.benchmark import CHECKS, collect, table
+from kka_ray.benchmark import CHECKS, collect, demo, table
+from kka_ray.config.models import RunConfig
+from kka_ray.errors import ConfigError
 
 
 def summary(kka: float = 0.97, hard: tuple[float, float] = (0.2, 0.4)) -> dict:
@@ -41,3 +45,11 @@ def test_means_over_the_seeds_are_held_against_the_ranges() -> None:
 )
 def test_a_measure_out_of_its_range_fails(run: dict, failed: str) -> None:
     assert not collect([run])["checks"][failed]["passed"]
+
+
+def test_a_configuration_without_what_is_checked_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    values = {"name": "x", "data": {"kind": "cifar100", "path": "cifar100"}, "detect": {"controls": ["noise"]}}
+    config = RunConfig.model_validate(values)
+    with pytest.raises(ConfigError, match=r"data.kind: flowers.*; cutpaste among detect.controls"):
+        demo(config, 1, tmp_path / "demo.json", pytest.fail, pytest.fail, verbose=False)
+    assert list(tmp_path.iterdir()) == []

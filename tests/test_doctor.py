@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from kka_ray import assets, doctor
+from kka_ray import assets, doctor, store
 from kka_ray.config.models import RunConfig
 from kka_ray.doctor import Finding, examine, show
+from kka_ray.errors import StoreError
 
 _PACKAGES = doctor._packages
 
@@ -169,3 +170,32 @@ def test_remedies_are_listed_below_the_table():
     assert "1 to mend:" in text.getvalue()
     assert "torch: pip install 'torch>=2.13'" in text.getvalue()
     assert "2.1 [cpu]" in text.getvalue()
+
+
+def test_a_store_whose_package_is_missing_does_not_end_the_examination(monkeypatch):
+    def no_package(uri):
+        raise StoreError("cannot open the store s3://b/kka: install s3fs")
+
+    monkeypatch.setattr(store, "Store", no_package)
+    findings = _by_name(examine(_config(store={"uri": "s3://b/kka"})))
+    assert (findings["store"].state, findings["store"].detail) == (
+        "missing",
+        "cannot open the store s3://b/kka: install s3fs",
+    )
+    assert findings["data"].state == "ok"
+
+
+def test_a_sampler_that_ray_installs_is_not_missing_here(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    sampler = {"describe": {"sampler": {"kind": "vllm", "model": "builtin:smollm2-135m-instruct"}}}
+    assert _by_name(examine(_config(**sampler)))["vllm"].state == "missing"
+    remote = {"cluster": {"samplers": {"runtime_env": {"pip": ["vllm==0.1"]}}}}
+    assert _by_name(examine(_config(**sampler, **remote)))["vllm"].state == "info"
+
+
+def test_outside_images_that_are_not_there_are_named(tmp_path):
+    found = _by_name(examine(_config(detect={"outside": str(tmp_path / "gone"), "controls": ["outside"]})))
+    assert found["detect.outside"].state == "missing"
+    assert "detect.outside" not in _by_name(
+        examine(_config(detect={"outside": str(tmp_path), "controls": ["outside"]}))
+    )

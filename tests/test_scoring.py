@@ -187,3 +187,21 @@ def test_no_images_and_no_model_are_errors(images, run, tmp_path):
     with pytest.raises(AssetError, match="kka resume"):
         _score(images, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_may_be_another_disk_and_the_folder_of_the_images(images, run, tmp_path):
+    """What is made is put in place without leaving `output`, which may be a mount point."""
+    made = []
+    real = scoring.tempfile.TemporaryDirectory
+
+    def noticed(**arguments):
+        made.append(arguments["dir"])
+        return real(**arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring.tempfile, "TemporaryDirectory", noticed)
+        _, elsewhere, _ = _score(images, run, tmp_path / "scores")
+        assert made == [tmp_path / "scores"]
+    for _ in range(2):  # the second time there is an output beside them
+        _, here, _ = _score(images, run, images)
+        assert set(here) == set(elsewhere)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,16 +16,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import yaml
 from rich.console import Console
 
 from jobs import entry as job_entry
 from kka_ray import submission
+from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.submission import Submission, authenticate, entry, read_token, runtime_env, submit_and_follow
 
@@ -155,7 +159,41 @@ def test_on_this_machine_relative_folders_are_made_absolute(
     command = entry(
         Submission("sweep", repository / "sweep.yaml", ("run.tracking.uri=sqlite:///db/m.db",), repository), here=True
     )
-    assert command.endswith(f"-o run.tracking.uri=sqlite:///{tmp_path / 'db' / 'm.db'}")
+    assert f"-o run.tracking.uri=sqlite:///{tmp_path / 'db' / 'm.db'}" in command
+
+
+def test_a_sweep_whose_run_is_a_file_can_be_submitted(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = {"name": "s", "run": "run.yaml", "parameters": {"loop.rounds": {"grid": [0, 1]}}}
+    file = repository / "named.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    given = shlex.split(entry(Submission("sweep", file, (), repository), here=True))
+    overrides = [o for flag, o in pairwise(given) if flag == "-o"]
+    assert load_sweep(file, overrides).base.output == str(tmp_path / "runs")
+    shared = tuple(f"run.{o}" for o in SHARED)
+    assert "run.output=/shared/kka" in entry(Submission("sweep", file, shared, repository), here=False)
+
+
+def test_local_models_and_images_are_made_absolute_or_refused_where_they_are_not_uploaded(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for override in (
+        "render.pipeline=./renderers/mine/pipeline",
+        "detect.outside=data/cifar10",
+        "backbone.model=./renderers/backbone",
+        "describe.sampler.model=./data/model",
+    ):
+        kind = "describe.sampler.kind=transformers"
+        wanted = Submission("run", repository / "run.yaml", (*SHARED, kind, override), repository)
+        name, _, path = override.partition("=")
+        assert entry(wanted, here=True).endswith(f"-o {name}={(tmp_path / path).resolve()}")
+        with pytest.raises(ConfigError, match=f"{name} is .*which is not uploaded.*-o {name}=/shared/"):
+            entry(wanted, here=False)
+    uploaded = Submission("run", repository / "run.yaml", (*SHARED, "render.pipeline=./models/mine"), repository)
+    assert entry(uploaded, here=False).endswith("-o render.pipeline=./models/mine")
 
 
 @pytest.mark.parametrize(
@@ -411,3 +449,27 @@ def test_jobs_on_a_real_cluster_with_a_token(cluster: tuple[str, Path], reposito
     refused = submit(token_file=other)
     assert refused.returncode == 2
     assert "does not accept the token" in refused.stderr
+
+
+def test_lost_connections_count_only_in_a_row(send: Callable[[FakeClient], int], console: Console) -> None:
+    log = "".join(f"line {i}\n" for i in range(30))
+    assert send(FakeClient(log, breaks=tuple(range(8, 200, 8)))) == 0
+    assert log in said(console)
+
+
+def test_a_cluster_that_does_not_say_how_the_job_is_is_asked_again(
+    send: Callable[[FakeClient], int], console: Console
+) -> None:
+    class Silent(FakeClient):
+        asked = 0
+
+        def get_job_info(self, job: str) -> Any:
+            self.asked += 1
+            if self.asked < 4 or self.log == "for good":
+                raise requests.ConnectionError("connection reset")
+            return super().get_job_info(job)
+
+    assert send(Silent("log\n")) == 0
+    assert said(console).count("log\n") == 1
+    with pytest.raises(ResourceError, match=r"(?s)connection reset.*the job goes on.*ray job logs kka-run-"):
+        send(Silent("for good"))

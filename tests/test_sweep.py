@@ -235,10 +235,14 @@ def test_the_best_is_the_first_of_the_largest_and_failures_do_not_count() -> Non
 
 
 def test_the_results_are_plain_json_and_a_row_a_trial(small: Sweep, tmp_path: Path) -> None:
-    rows = [Outcome(t.number, dict(t.overrides), 0.5 + t.number / 100, [0.5], 3.0) for t in small.trials]
+    rows = [
+        Outcome(t.number, dict(t.overrides), 0.5 + t.number / 100, [0.5], 3.0, outputs=[["render", "k"]])
+        for t in small.trials
+    ]
     rows[1] = Outcome(1, dict(small.trials[1].overrides), error="StageError: no")
     result = sweep.SweepResult(str(tmp_path), rows, best_of(rows), ("r0-p000-s001",), None, 9.0)
-    sweep._write(Place(str(tmp_path), tmp_path), result, small, small.trials[0].config)
+    sweep._write(Place(str(tmp_path), tmp_path), result, small, small.trials[0].config, [("render", "base")])
+    assert json.loads((tmp_path / "references.json").read_text()) == [["render", "base"], ["render", "k"]]
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written == to_json(result, small)
     assert [t["objective"] is None for t in written["trials"]] == [False, True, False, False, False, False]

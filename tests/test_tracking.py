@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kka_ray import tracking
+from kka_ray import experiment, tracking
+from kka_ray.cluster.streaming import Drawn
+from kka_ray.config.models import RunConfig
+from kka_ray.confusion.judge import JudgeResult, LatentMap
+from kka_ray.errors import ResourceError
+from kka_ray.loop import LoopResult, Round
+from kka_ray.records import Description
 
 
 def test_artifacts_lie_beside_the_file_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +35,38 @@ def test_artifacts_lie_beside_the_file_that_was_named(tmp_path: Path, monkeypatc
     )
     assert (there / "mlartifacts" / run / "artifacts" / "sweep.json").read_text() == "{}"
     assert list(here.iterdir()) == []
+
+
+def _config(uri: str) -> RunConfig:
+    return RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "tracking": {"uri": uri}})
+
+
+def test_a_server_that_does_not_answer_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    config = _config("http://me:secret@127.0.0.1:9")
+    with pytest.raises(ResourceError, match=r"http://127.0.0.1:9 does not take .*tracking\.uri=URI") as raised:
+        tracking.check(config)
+    assert "secret" not in str(raised.value).partition("(tracking.uri)")[0]
+    with pytest.raises(ResourceError, match="does not take the results"):
+        tracking.log_run(config, {"config_hash": "h", "rounds": []}, Path())
+
+
+def test_a_file_needs_no_check(tmp_path: Path) -> None:
+    tracking.check(_config(f"sqlite:///{tmp_path / 'there' / 'mlflow.db'}"))
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_run_with_lost_rows_is_tracked(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    lost = 'error: the worker\'s process died [3 times], "it" said'
+    descriptions = [Description("r0-p0-s0", "p0", 0, "", "", "rejected", r) for r in (lost, "error: other", "exact")]
+    none = np.zeros((0, 2), np.float32)
+    audit = JudgeResult([], {}, None, LatentMap(none, none, none, none))
+    played = Round(0, descriptions, Drawn(), [], "ok", None, 0.5, 0.5, 1.0, 9.0, {}, {})
+    row = experiment._round(played, LoopResult([], [played], audit, {}))
+    assert row["rejected"] == {"error": 2, "exact": 1}
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tracking.log_run(_config(uri), {"config_hash": "h", "rounds": [row]}, tmp_path)
+    assert MlflowClient(uri).get_run(run).data.metrics["round/rejected.error"] == 2

@@ -58,7 +58,13 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
         # The workers' current folder is another.
-        here = {"data": str(Path(config.data).resolve()), "start": config.start and assets.absolute(config.start)}
+        here: dict[str, Any] = {
+            "data": str(Path(config.data).resolve()),
+            "start": config.start and assets.absolute(config.start),
+            "tracking": config.tracking.model_copy(
+                update={"uri": config.tracking.uri and tracking.absolute(config.tracking.uri)}
+            ),
+        }
         config = config.model_copy(update=here)
         made_by = made_by or f"`kka renderer train configs/renderer/{config.name}.yaml`"
         arguments = {"config": config, "folder": str(folder), "made_by": made_by}

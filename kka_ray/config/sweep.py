@@ -151,9 +151,13 @@ class Sweep:
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Reads a sweep and works out its trials, each checked as a run configuration.
 
-    `overrides` change the sweep's own keys, and through `run.` those of an inline run. Raises ConfigError.
+    `overrides` change the sweep's own keys, and through `run.` those of its run. Raises ConfigError.
     """
     path = Path(path)
+    file = read(path).get("run")
+    if isinstance(file, str):
+        # So that there is something to override; JSON is YAML.
+        overrides = [f"run={json.dumps({'extends': file})}", *overrides]
     config = load(path, SweepConfig, overrides)
     values = _run_values(config.run, path)
     base = parse({"name": config.name, **values}, RunConfig, f"{path} (run)")

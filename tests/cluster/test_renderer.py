@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_pat
     for change in ("training.steps=9", "training.ema=0.5", "training.decay_from=0.5", "samples_every=7", "workers=2"):
         with pytest.raises(InterruptedError):
             train_renderer(config(change), lambda _: None)
+
+
+def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> None:
+    """Their current folder is another, and a new one each time."""
+    seen: list[RendererConfig] = []
+
+    def run(name: str, function: Any, arguments: dict[str, Any], *_: Any) -> None:
+        seen.append(arguments["config"])
+        (tmp_path / "tiny" / "pipeline").mkdir()
+        (tmp_path / "tiny" / "pipeline" / "model_index.json").touch()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kka_ray.cluster.renderer.session", lambda _: nullcontext())
+    monkeypatch.setattr("kka_ray.cluster.renderer.train.run", run)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    overrides = ["output=.", "data=images", "tracking.uri=sqlite:///db/mlflow.db"]
+    train_renderer(load(tmp_path / "tiny.yaml", RendererConfig, overrides), lambda _: None)
+    assert seen[0].data == str(tmp_path / "images")
+    assert seen[0].tracking.uri == f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}"
 
 
 @pytest.mark.slow
