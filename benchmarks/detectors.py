@@ -3,7 +3,8 @@
 Scoring is held against the bare forward pass of the backbone, measured in turns in one process. With `--authors`, a
 checkout of github.com/DonaldRR/SimpleNet, SimpleNet's training is held against the authors' code on our backbone: a
 step with features given, with equal batch and equal widths, and a whole training; they train for 160 epochs, and with
-fewer (`--epochs`) the time is scaled up and no AUC is given. With `--anomalib`, the Python of an environment with
+fewer (`--epochs`) the time is scaled up and no AUC is given. What is not measured (`--epochs 0` leaves the training
+out) stays as the file has it. With `--anomalib`, the Python of an environment with
 anomalib, its PatchCore and PaDiM are measured on our backbone. With `--data` the images are those of CIFAR-100
 furniture, else they are noise. Writes `benchmarks/results/detector_speed.json`.
 """
@@ -193,13 +194,16 @@ def main() -> None:
         images = module.normals().train.images[: arguments.images]
     backbone = Backbone.load(BackboneConfig())
     features = backbone.extract(images, patches=True)
-    result: dict[str, Any] = {"versions": versions.computing(), "threads": arguments.threads, "fitted_to": len(images)}
+    before = json.loads(arguments.target.read_text()) if arguments.target.is_file() else {}
+    about = {"versions": versions.computing(), "threads": arguments.threads, "fitted_to": len(images)}
+    result: dict[str, Any] = before | about
     result["scoring"] = scoring(backbone, features, images, arguments.rounds)
     if arguments.anomalib:
         coreset = PatchCore(kind="patchcore").coreset
         result["anomalib"] = anomalib(arguments.anomalib, images[: len(images) // 2], coreset, arguments.rounds)
     if arguments.authors:
         result["step"] = step(features, arguments.authors, backbone, arguments.rounds)
+    if arguments.authors and arguments.epochs:
         result["training"] = training(
             arguments.data, arguments.authors, backbone, noise, arguments.normals, arguments.epochs
         )
