@@ -67,15 +67,15 @@ def _reaching(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        text = " ".join(str(error).split())[:300]
+        text = _without_password(" ".join(str(error).split()))[:300]
         raise ResourceError(
             f"MLflow at {_without_password(uri)} does not take the results (tracking.uri): {type(error).__name__}: "
             f"{text}. Start it, or track elsewhere with -o tracking.uri=URI"
         ) from error
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None = None) -> str:

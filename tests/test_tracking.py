@@ -47,7 +47,7 @@ def test_a_server_that_does_not_answer_is_named_before_the_run(monkeypatch: pyte
     config = _config("http://me:secret@127.0.0.1:9")
     with pytest.raises(ResourceError, match=r"http://127.0.0.1:9 does not take .*tracking\.uri=URI") as raised:
         tracking.check(config)
-    assert "secret" not in str(raised.value).partition("(tracking.uri)")[0]
+    assert "secret" not in str(raised.value)
     with pytest.raises(ResourceError, match="does not take the results"):
         tracking.log_run(config, {"config_hash": "h", "rounds": []}, Path())
 
