@@ -4,9 +4,9 @@ Scoring is held against the bare forward pass of the backbone, measured in turns
 checkout of github.com/DonaldRR/SimpleNet, SimpleNet's training is held against the authors' code on our backbone: a
 step with features given, with equal batch and equal widths, and a whole training; they train for 160 epochs, and with
 fewer (`--epochs`) the time is scaled up and no AUC is given. What is not measured (`--epochs 0` leaves the training
-out) stays as the file has it. With `--anomalib`, the Python of an environment with
-anomalib, its PatchCore and PaDiM are measured on our backbone. With `--data` the images are those of CIFAR-100
-furniture, else they are noise. Writes `benchmarks/results/detector_speed.json`.
+out) stays as the file has it. With `--anomalib`, the Python of an environment with anomalib, its PatchCore and PaDiM
+are measured on our backbone. With `--data` the images are those of CIFAR-100 furniture, else they are noise. Writes
+`benchmarks/results/detector_speed.json`.
 """
 
 from __future__ import annotations

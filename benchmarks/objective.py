@@ -53,9 +53,9 @@ def measure(run: Path, detector: str) -> list[dict[str, Any]]:
             if output is None:
                 raise SystemExit(f"{run}: the store {config.store.uri} no longer holds the detector {row.fit}")
             tuned = TunedDetector.load(output.local / "detector", prepared.backbone)
-            kinds = {"validation": [prepared.validation], "drawn": [normals]}
-            kinds["objective"] = [prepared.validation, normals]
-            found = {name: mean_aucs([tuned], kinds[name], anomalies)[0] for name in MEASURES}
+            kinds = {"validation": prepared.validation, "drawn": normals}
+            found = {name: mean_aucs([tuned], [kind], anomalies)[0] for name, kind in kinds.items()}
+            found["objective"] = float(np.mean([*found.values()]))
             rows.append({"run": run.name, "arm": row.arm, "seed": int(row.seed), "test": float(row.auc), **found})
     return rows
 
