@@ -21,6 +21,7 @@ from kka_ray.config import load
 from kka_ray.config.models import RunConfig
 from kka_ray.data.decode import decode
 from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.evaluation import UNSEEN
 from kka_ray.experiment import absolute, computing
 from kka_ray.features.base import Features
 from kka_ray.files import write_json
@@ -45,7 +46,7 @@ def measure(run: Path, detector: str) -> list[dict[str, Any]]:
             return prepared.backbone.extract([decode(p, "a drawn image") for p in pictures], prepared.patches)
 
         drawn = pd.read_parquet(records / "drawn_normals.parquet")
-        normals = features_of(list(drawn[drawn["status"] == "ok"]["image"])[1::2])
+        normals = features_of(list(drawn[drawn["status"] == "ok"]["image"])[UNSEEN])
         anomalies = features_of(_anomalies(records))
         rows = []
         for row in fitted.itertuples():

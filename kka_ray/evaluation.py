@@ -40,6 +40,8 @@ from kka_ray.store import Output, Store, stage_key
 
 BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
 
+TRAINED, UNSEEN = slice(0, None, 2), slice(1, None, 2)
+"""Of the drawn normals: those that train detectors where `detect.drawn_normals` asks, and those that never do."""
 _LOOK_SECONDS = 3.0
 
 
@@ -260,7 +262,7 @@ def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopR
     real = _extracted(store, prepared, prepared.normals.train)
     if not (config.detect.drawn_normals and loop.normals.ids):
         return real, real
-    shown = range(0, len(loop.normals.ids), 2)
+    shown = range(len(loop.normals.ids))[TRAINED]
     both = Features.join([prepared.train, loop.normals.features.take(shown)])
     ids = [*prepared.normals.train.ids, *(loop.normals.ids[i] for i in shown)]
     return real, _put(store, prepared, both, "train", ids)
@@ -268,8 +270,8 @@ def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopR
 
 def unseen_drawn_normals(config: RunConfig, loop: LoopResult) -> Features:
     """Drawn normal captions that the served detector was not trained with: the control of artefacts."""
-    first, step = (1, 2) if config.detect.drawn_normals else (0, 1)
-    return loop.normals.features.take(range(first, len(loop.normals.ids), step))
+    everything = range(len(loop.normals.ids))
+    return loop.normals.features.take(everything[UNSEEN] if config.detect.drawn_normals else everything)
 
 
 def normal_views(config: RunConfig, normals: Sequence[np.ndarray], anomalies: int) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ from kka_ray.cluster.streaming import Pools
 from kka_ray.config.models import RunConfig
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
-from kka_ray.evaluation import fit_headline
+from kka_ray.evaluation import UNSEEN, fit_headline
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Progress
 from kka_ray.prepare import Prepared, extract_images
@@ -95,8 +95,7 @@ def reference_of(result: LoopResult) -> Reference:
             "run.confusion.upper for a wider hard band"
         )
     withheld = frozenset(_words(d.text) for d in first.descriptions if d.text and in_reference_half(d.id))
-    # Of the drawn normals those of odd number never train a detector.
-    return Reference(ids, tuple(result.images(list(ids))), tuple(result.normals.images[1::2]), withheld)
+    return Reference(ids, tuple(result.images(list(ids))), tuple(result.normals.images[UNSEEN]), withheld)
 
 
 def validation_auc(
