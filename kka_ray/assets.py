@@ -136,10 +136,12 @@ def is_present(reference: str) -> bool:
 
 
 def absolute(reference: str) -> str:
-    """A reference that means the same in every current folder: that of a relative folder made absolute."""
-    if reference.startswith(("builtin:", "hub:")) or Path(reference).is_absolute():
+    """A reference that means the same in every current folder: that of a relative folder made absolute, `~` the user's
+    own."""
+    if reference.startswith(("builtin:", "hub:")):
         return reference
-    return str(Path(reference).resolve())
+    path = Path(reference).expanduser()
+    return str(path if path.is_absolute() else path.resolve())
 
 
 def install(name: str) -> Path:

@@ -51,8 +51,7 @@ def run(
     if dry_run:
         from kka_ray.cluster.plan import make_plan
 
-        console.print(dump(resolved), end="", highlight=False)
-        console.print(f"# resource plan\n{make_plan(resolved)}", highlight=False)
+        _say(f"{dump(resolved).rstrip()}\n{_commented(make_plan(resolved))}")
         return
     _run(resolved, verbose)
 
@@ -104,10 +103,9 @@ def sweep(
 
     if dry_run:
         for trial in resolved.trials:
-            console.print(sweeping.name_of(trial), highlight=False, markup=False, soft_wrap=True)
-        console.print(
-            f"# resource plan\n{sweeping.sweep_plan(resolved.base, resolved.config.concurrency)}", highlight=False
-        )
+            _say(sweeping.name_of(trial))
+        for plan in sweeping.plans(resolved):
+            _say(_commented(plan))
         return
 
     def note(text: str) -> None:
@@ -149,7 +147,7 @@ def report(folder: RunFolder) -> None:
     with opened(folder) as place:
         written = write_report(place.here)
         place.keep(only=(written.name,))  # a run may be writing the others anew
-    console.print(f"report: {below(folder, written.name)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {below(folder, written.name)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -169,6 +167,7 @@ def score(
     console.print(
         f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -252,9 +251,12 @@ def export(
     from kka_ray.data.export import export_folder
 
     done = export_folder(parquet, target, seed=seed)
-    console.print(
-        f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects", highlight=False
-    )
+    _say(f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects")
+
+
+def _commented(plan: object) -> str:
+    """A plan as comments of the YAML above it."""
+    return "\n".join(f"# {line}" for line in ("resource plan", *str(plan).splitlines()))
 
 
 def _say(text: str) -> None:
@@ -269,7 +271,7 @@ def train_renderer(config: ConfigFile, override: Override = None) -> None:
 
     resolved = load(config, RendererConfig, override or ())
     pipeline = launch(resolved, _say)
-    console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
+    console.print(f"pipeline: {pipeline}", highlight=False, markup=False, soft_wrap=True)
 
 
 @renderer_app.command("finish")
@@ -284,7 +286,7 @@ def finish_renderer(
 
     resolved = load(config, RendererConfig, override or ())
     pipeline = launch(resolved, steps, _say)
-    console.print(f"pipeline: {pipeline}", highlight=False, soft_wrap=True)
+    console.print(f"pipeline: {pipeline}", highlight=False, markup=False, soft_wrap=True)
 
 
 @bench_app.command("demo")
@@ -303,7 +305,7 @@ def bench_demo(
     with Reporter(console) as reporter:
         result = benchmark.demo(resolved, seeds, target, reporter.progress, _say, verbose=verbose)
     console.print(benchmark.table(result))
-    console.print(f"results: {target}", highlight=False, soft_wrap=True)
+    console.print(f"results: {target}", highlight=False, markup=False, soft_wrap=True)
 
 
 @bench_app.command("detectors")

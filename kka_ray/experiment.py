@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def run(
     # Of what was written: the hash is not to change with the folder that relative paths begin at.
     hash_ = config_hash(config)
     config = absolute(config)
-    with places.opened(places.below(config.output, config.name), "config.yaml", "config_hash") as place:
+    with places.opened(places.below(config.output, config.name), "config.yaml", "config_hash", "sweep.yaml") as place:
         summary = _run(config, hash_, place, progress, say, verbose=verbose, parent=parent)
         return Finished(place.name, summary)
 
@@ -80,6 +81,7 @@ def _run(
     parent: str | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    _check_libraries(config)
     hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
@@ -133,9 +135,11 @@ def claim(place: Place, config: RunConfig, hash_: str) -> str:
     Returns the hash that the run has: the one it was first begun with, as a run that is gone on with from its folder
     has its paths written otherwise. The same run may be done elsewhere, in other places of the cluster and with another
     store. What an earlier end of it refers to goes: until the next end it may refer to anything in the store. Raises
-    ConfigError if a run with other results lives there, ResourceError if the folder cannot be written.
+    ConfigError if a sweep or a run with other results lives there, ResourceError if the folder cannot be written.
     """
     file, hashed = place.here / "config.yaml", place.here / "config_hash"
+    if (place.here / "sweep.yaml").is_file():
+        raise ConfigError(f"{place.name} holds a sweep; give the run another name (-o name=NAME)")
     if file.is_file():
         _check_same(place, config)
     with writing(place.name):
@@ -183,9 +187,13 @@ def _check_same(place: Place, config: RunConfig) -> None:
         there, ours = _deciding(absolute(load(place.here / "config.yaml", RunConfig))), _deciding(config)
     except ConfigError as error:
         raise ConfigError(f"{place.name} holds a run that cannot be gone on with. {remedy}.\n{error}") from error
-    differing = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
-    if differing:
+    if differing := differences(there, ours):
         raise ConfigError(f"{place.name} holds a run with another configuration ({', '.join(differing)}). {remedy}")
+
+
+def differences(there: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """The names under which two configurations, by dotted name, do not say the same."""
+    return sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
@@ -397,8 +405,21 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _from_root(path: str) -> str:
-    """A relative path made absolute. A URI stays, and so does an absolute path: its links may lead elsewhere there."""
-    return path if places.is_uri(path) or Path(path).is_absolute() else str(Path(path).resolve())
+    """A relative path made absolute, `~` the user's own folder. A URI stays, and so does an absolute path: its links
+    may lead elsewhere there."""
+    if places.is_uri(path):
+        return path
+    full = Path(path).expanduser()
+    return str(full if full.is_absolute() else full.resolve())
+
+
+def _check_libraries(config: RunConfig) -> None:
+    """Raises ConfigError if a library is missing that is first used when half of the run is done."""
+    if config.loop.rounds and config.preference.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "preference.load_in_4bit needs bitsandbytes, which is not installed here: pip install -e '.[quantised]', "
+            "or train on the whole model with -o preference.load_in_4bit=false"
+        )
 
 
 def _check_room(store: Store) -> None:

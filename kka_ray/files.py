@@ -10,7 +10,7 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Writes `text`. Raises OSError as the file system does."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 

@@ -23,7 +23,8 @@ LEFTOVER_AGE = timedelta(days=1)
 
 State = Literal["used", "held", "unused", "leftover", "growing"]
 
-_OF_RUNS = ("config.yaml", "sweep.yaml", "references.json")
+_OF_RUNS = ("config_hash", "sweep.yaml", "references.json")
+"""What only folders of runs and sweeps hold: copies of their configurations lie among MLflow's artifacts, too."""
 _KEY = re.compile(r"[0-9a-f]{24}")
 _ATTEMPT = re.compile(r"\.?(attempt-[0-9a-f]+)(\.json)?|checkpoint")
 

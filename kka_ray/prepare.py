@@ -52,7 +52,8 @@ def prepare(config: RunConfig, store: Store) -> Prepared:
     patches = needs_patches(config)
     train = extract(store, backbone, normals.train, patches)
     validation = extract(store, backbone, normals.validation, patches)
-    identity = json.dumps([normals.train.identity(), normals.validation.identity(), backbone.identity, patches])
+    of_features = feature_inputs(config.backbone, backbone.identity, patches)
+    identity = json.dumps([normals.train.identity(), normals.validation.identity(), of_features])
     return Prepared(data, normals, train, validation, backbone, patches, identity)
 
 

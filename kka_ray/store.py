@@ -181,7 +181,7 @@ class Store:
         try:
             self.filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
             self.filesystem.pipe_file(path, content)
-        except OSError as error:
+        except Exception as error:  # whatever the package for this kind of storage raises
             raise ResourceError(
                 f"cannot write {path} ({len(content) / 1e6:.1f} MB): {error}. Free some room or move the store "
                 "(`-o store.uri=...`), then run the same command again: finished stages are not repeated"
@@ -192,7 +192,7 @@ class Store:
         return bool(self.filesystem.exists(self.path(stage, key, _MARKER)))
 
     def find(self, stage: str, key: str) -> Output | None:
-        """The output if it was committed, else None."""
+        """The output if it was committed, else None. Raises StoreError if the storage refuses."""
         path = self.path(stage, key, _MARKER)
         try:
             marker = json.loads(self.filesystem.cat_file(path))
@@ -200,6 +200,11 @@ class Store:
             return None
         except json.JSONDecodeError:
             return None  # a marker cut short by a full disk: its output was never committed
+        except Exception as error:  # whatever the package for this kind of storage raises
+            raise StoreError(
+                f"cannot read the store {self.uri}: {type(error).__name__}: {error}. Give access to it, or name "
+                "another with -o store.uri=..."
+            ) from error
         self.used.add((stage, key))
         return Output(self, stage, key, marker)
 

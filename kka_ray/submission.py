@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import requests
 from aiohttp import ClientError
 from rich.console import Console
+from rich.markup import escape
 
 from kka_ray import tracking
 from kka_ray.config import RunConfig, load
@@ -311,12 +312,12 @@ def _ended(details: Any, job: str, console: Console) -> int:
     # The message goes on to quote the end of the log, which was printed above.
     first = (details.message or "no reason was given").strip().splitlines()[0]
     reason = first.split(", last available logs")[0]
-    console.print(f"[bold red]{job} {status.lower()}:[/] {reason}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]{job} {status.lower()}:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     return int(getattr(details, "driver_exit_code", None) or 1)
 
 
 def _warn(console: Console, text: str) -> None:
-    console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _excluded(relative: str) -> bool:

@@ -31,11 +31,11 @@ from kka_ray.cluster import leases
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
-from kka_ray.config import dump
+from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
-from kka_ray.errors import ConfigError, KkaError, StageError
-from kka_ray.experiment import absolute, computing
+from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
+from kka_ray.experiment import absolute, computing, differences, writing
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress
@@ -123,7 +123,9 @@ def _run(
     tracking.check(base)
     uri = tracking.tracking_uri(base)
     with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
-        sweep_plan(base, sweep.config.concurrency).check(nodes())
+        there = nodes()
+        for plan in plans(sweep):
+            plan.check(there)
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
         reference = make_reference(base, store, prepare(base, store), progress)
@@ -147,12 +149,24 @@ def _run(
                 result = replace(result, champion=champion, wall_seconds=_since(started))
                 _write(place, result, sweep, chosen, store.used)
         except BaseException:
-            tracking.end_run(uri, parent, {}, failed=True)
+            with tracking.unless_unreachable():
+                tracking.end_run(uri, parent, {}, failed=True)
             raise
         del ledger
     metrics = {sweep.config.objective: result.best.objective or 0.0, "seconds": result.wall_seconds}
-    tracking.end_run(uri, parent, metrics, artifacts=[place.here / "sweep.json", place.here / "best.yaml"])
+    try:
+        tracking.end_run(uri, parent, metrics, artifacts=[place.here / "sweep.json", place.here / "best.yaml"])
+    except ResourceError as error:
+        raise ResourceError(
+            f"the sweep is complete ({place.name}), but {error}. The same command again finds all of it in the store "
+            "and tracks it"
+        ) from error
     return result
+
+
+def plans(sweep: Sweep) -> list[Plan]:
+    """The plans of the trials, each that differs once: what varies may ask for other places."""
+    return list(dict.fromkeys(sweep_plan(trial.config, sweep.config.concurrency) for trial in sweep.trials))
 
 
 def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
@@ -222,13 +236,15 @@ def run_trial(settings: dict[str, Any], job: _Job) -> None:
         with computing(trial.config.cluster.driver_threads):
             outcome = measure(trial, trial.config, job.reference, mlflow_run)
     except BaseException:
-        tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)
+        with tracking.unless_unreachable():
+            tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)
         raise
+    tune.report({"outcome": asdict(outcome)})  # first: a trial that is done is not to be lost for its tracking
     metrics = {"seconds": outcome.seconds, "kept": float(outcome.kept)}
     if outcome.objective is not None:
         metrics["validation_auc"] = outcome.objective
-    tracking.end_run(job.tracking_uri, mlflow_run, metrics, failed=outcome.error is not None)
-    tune.report({"outcome": asdict(outcome)})
+    with tracking.unless_unreachable():
+        tracking.end_run(job.tracking_uri, mlflow_run, metrics, failed=outcome.error is not None)
 
 
 def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: str | None) -> Outcome:
@@ -344,12 +360,14 @@ def show(result: SweepResult, sweep: Sweep, console: Console) -> None:
         if o.error:
             console.print(f"trial {o.number} failed: {o.error}", highlight=False, markup=False, soft_wrap=True)
     values = ", ".join(f"{k}={_short(v)}" for k, v in result.best.parameters.items())
-    console.print(f"best: {values}", highlight=False, soft_wrap=True)
+    console.print(f"best: {values}", highlight=False, markup=False, soft_wrap=True)
     if result.champion and result.champion["auc"]["kka"]:
         auc = {arm: f"{s['mean']:.4f}" for arm, s in result.champion["auc"].items() if s}
         arms = ", ".join(f"{arm} {value}" for arm, value in auc.items())
         console.print(f"its test AUC ({result.champion['detector']}): {arms}", highlight=False)
-    console.print(f"results: {places.below(result.folder, 'sweep.json')}", highlight=False, soft_wrap=True)
+    console.print(
+        f"results: {places.below(result.folder, 'sweep.json')}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 class _Notes(tune.Callback):
@@ -408,16 +426,43 @@ def _short(value: Any) -> str:
 
 
 def _claim(place: Place, config: SweepConfig) -> None:
-    """Makes the sweep's folder and writes its configuration. Raises ConfigError if a run lives there.
+    """Makes the sweep's folder and writes its configuration.
 
-    What an earlier end of the sweep refers to goes: until the next end it may refer to anything in the store.
+    What an earlier end of the sweep refers to goes: until the next end it may refer to anything in the store. Raises
+    ConfigError if a run or another sweep lives there, ResourceError if the folder cannot be written.
     """
     if (place.here / "config.yaml").is_file():
         raise ConfigError(f"{place.name} holds a run; give the sweep another name (-o name=NAME)")
-    place.here.mkdir(parents=True, exist_ok=True)
-    write_text(place.here / "sweep.yaml", dump(config))
-    place.remove("references.json")
+    file = place.here / "sweep.yaml"
+    if file.is_file():
+        _check_same(place, config)
+    with writing(place.name):
+        place.here.mkdir(parents=True, exist_ok=True)
+        write_text(file, dump(config))
+        place.remove("references.json")
     place.keep("sweep.yaml")
+
+
+def _check_same(place: Place, config: SweepConfig) -> None:
+    """Raises ConfigError unless the sweep there tries the same points, or fewer or more of the same."""
+    remedy = (
+        "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
+    )
+    try:
+        there = _deciding(load(place.here / "sweep.yaml", SweepConfig))
+    except ConfigError as error:
+        raise ConfigError(f"{place.name} holds a sweep that cannot be gone on with. {remedy}.\n{error}") from error
+    if differing := differences(there, _deciding(config)):
+        raise ConfigError(f"{place.name} holds another sweep ({', '.join(differing)}). {remedy}")
+
+
+def _deciding(config: SweepConfig) -> dict[str, Any]:
+    """What the trials' results depend on, by dotted name: not how many there are, nor where they run."""
+    values = config.model_dump(mode="json", include={"run", "parameters", "seed", "objective"})
+    if isinstance(values["run"], dict):
+        elsewhere = ("cluster", "store", "tracking", "output")
+        values["run"] = {name: value for name, value in values["run"].items() if name not in elsewhere}
+    return dict(tracking.flatten(values))
 
 
 def _write(
@@ -425,11 +470,11 @@ def _write(
 ) -> None:
     """The results, the best configuration, and what the trials and their reference hold in the store, so that
     housekeeping spares it."""
-    write_json(place.here / "sweep.json", to_json(result, sweep))
-    write_text(place.here / "best.yaml", dump(chosen))
-    write_json(
-        place.here / "references.json", sorted({*reference, *((s, k) for o in result.outcomes for s, k in o.outputs)})
-    )
+    with writing(place.name):
+        write_json(place.here / "sweep.json", to_json(result, sweep))
+        write_text(place.here / "best.yaml", dump(chosen))
+        outputs = {*reference, *((s, k) for o in result.outcomes for s, k in o.outputs)}
+        write_json(place.here / "references.json", sorted(outputs))
     place.keep("references.json")
 
 

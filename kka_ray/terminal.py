@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -69,7 +70,12 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Prints a warning at once."""
-        self.console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+        show_warning(self.console, text)
+
+
+def show_warning(console: Console, text: str) -> None:
+    """Prints a warning as it is: names of files and what models write may look like markup."""
+    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def show_plan(
@@ -153,7 +159,7 @@ def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None
         f"loop); {summary['wall_seconds']:.0f} s",
         highlight=False,
     )
-    console.print(f"report: {places.below(folder, 'report.html')}", highlight=False, soft_wrap=True)
+    console.print(f"report: {places.below(folder, 'report.html')}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _signed(value: float | None) -> str:

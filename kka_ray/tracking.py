@@ -16,6 +16,7 @@ from kka_ray.errors import ResourceError
 # Before MLflow is imported: a run sends nothing to anybody.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+_log = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 """How the URI of a SQLite file begins."""
@@ -31,9 +32,11 @@ def default_uri(output: Path) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A tracking URI, the path of a SQLite file made absolute."""
-    path = uri.removeprefix(SQLITE)
-    return uri if path == uri or Path(path).is_absolute() else f"{SQLITE}{Path(path).resolve()}"
+    """A tracking URI, the path of a SQLite file made absolute, `~` the user's own folder."""
+    if not uri.startswith(SQLITE):
+        return uri
+    path = Path(uri.removeprefix(SQLITE)).expanduser()
+    return f"{SQLITE}{path if path.is_absolute() else path.resolve()}"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -72,6 +75,16 @@ def _reaching(uri: str) -> Iterator[None]:
             f"MLflow at {_without_password(uri)} does not take the results (tracking.uri): {type(error).__name__}: "
             f"{text}. Start it, or track elsewhere with -o tracking.uri=URI"
         ) from error
+
+
+@contextmanager
+def unless_unreachable() -> Iterator[None]:
+    """What a tracking store does not take within the block is a warning in the log: work of hours tells of itself
+    elsewhere as well, and is not to end for it."""
+    try:
+        yield
+    except ResourceError as error:
+        _log.warning("%s", error)
 
 
 def _without_password(text: str) -> str:
@@ -134,27 +147,30 @@ def start_run(uri: str, experiment: str, name: str, params: Mapping[str, Any], *
 
 
 def log_metrics(uri: str, run: str, metrics: Mapping[str, float], step: int) -> None:
-    """Adds metrics at a step to an open run."""
-    client = _client(uri)
-    for key, value in metrics.items():
-        client.log_metric(run, key, float(value), step=step)
+    """Adds metrics at a step to an open run. Raises ResourceError if the store does not take them."""
+    with _reaching(uri):
+        client = _client(uri)
+        for key, value in metrics.items():
+            client.log_metric(run, key, float(value), step=step)
 
 
 def log_artifact(uri: str, run: str, file: Path, folder: str) -> None:
-    """Adds a file to an open run, under `folder`."""
-    _client(uri).log_artifact(run, str(file), folder)
+    """Adds a file to an open run, under `folder`. Raises ResourceError if the store does not take it."""
+    with _reaching(uri):
+        _client(uri).log_artifact(run, str(file), folder)
 
 
 def end_run(
     uri: str, run: str, metrics: Mapping[str, float], *, failed: bool = False, artifacts: Sequence[Path] = ()
 ) -> None:
-    """Writes a run's metrics and artifacts and closes it."""
-    client = _client(uri)
-    for key, value in metrics.items():
-        client.log_metric(run, key, float(value))
-    for path in artifacts:
-        client.log_artifact(run, str(path))
-    client.set_terminated(run, "FAILED" if failed else "FINISHED")
+    """Writes a run's metrics and artifacts and closes it. Raises ResourceError if the store does not take them."""
+    with _reaching(uri):
+        client = _client(uri)
+        for key, value in metrics.items():
+            client.log_metric(run, key, float(value))
+        for path in artifacts:
+            client.log_artifact(run, str(path))
+        client.set_terminated(run, "FAILED" if failed else "FINISHED")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kka_ray import cli, doctor
 from kka_ray.config.models import RunConfig
 from kka_ray.errors import ConfigError, ResourceError
+from kka_ray.terminal import Reporter
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +60,30 @@ def test_square_brackets_of_an_error_are_printed(
         cli.main()
     assert ended.value.code == 2
     assert "pip install -e '.[onnx]'" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_yaml_whatever_the_texts_hold(tmp_path: Path) -> None:
+    texts = {"instruction": "[INST] Flowers [/INST] [b]rare[/b]:", "contrast": "Rare flowers, " * 12 + "other:"}
+    given = [part for name, text in texts.items() for part in ("-o", f"describe.{name}={json.dumps(text)}")]
+    done = CliRunner().invoke(cli.app, ["run", str(ROOT / "configs" / "demo.yaml"), "--dry-run", *given])
+    assert done.exit_code == 0
+    assert "# resource plan" in done.output
+    printed = yaml.safe_load(done.output)
+    assert {name: printed["describe"][name] for name in texts} == texts
+    assert RunConfig.model_validate(printed).seed == 0
+
+
+def test_a_sweep_s_dry_run_prints_every_plan() -> None:
+    file = str(ROOT / "tune_configs" / "smoke.yaml")
+    varied = ['parameters={"preference.workers": {"grid": [1, 4]}}', "trials=null", "run.preference.micro_batch=1"]
+    overrides = [part for override in varied for part in ("-o", override)]
+    done = CliRunner().invoke(cli.app, ["sweep", file, "--dry-run", *overrides])
+    assert done.exit_code == 0, done.exception
+    assert done.output.count("# resource plan") == 2
+    assert "4 x" in done.output
+
+
+def test_warnings_are_printed_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    Reporter(console).warn("cannot read scan[rot].png, a[/b].png")
+    assert console.file.getvalue() == "warning: cannot read scan[rot].png, a[/b].png\n"  # type: ignore[attr-defined]

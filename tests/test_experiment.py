@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from kka_ray import experiment
 from kka_ray.config import RunConfig, config_hash, load
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.experiment import absolute, claim, computing
@@ -218,3 +219,31 @@ class Anything:
 
     def __iter__(self) -> Any:
         return iter(())
+
+
+def test_the_tilde_is_the_user_s_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = absolute(
+        run_config(
+            output="~/runs",
+            store={"uri": "~/store"},
+            tracking={"uri": "sqlite:///~/mlflow.db"},
+            render={"pipeline": "~/renderer"},
+        )
+    )
+    assert (config.output, config.store.uri, config.render.pipeline) == (
+        "/home/ada/runs",
+        "/home/ada/store",
+        "/home/ada/renderer",
+    )
+    assert config.tracking.uri == "sqlite:////home/ada/mlflow.db"
+
+
+def test_a_library_that_half_of_a_run_later_is_missing_is_named_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "find_spec", lambda _: None)
+    config = run_config(output=str(tmp_path), preference={"load_in_4bit": True})
+    with pytest.raises(ConfigError, match=r"bitsandbytes.*'\.\[quantised\]'"):
+        experiment.run(config, lambda *_: None, print)
+    assert list(tmp_path.iterdir()) == []

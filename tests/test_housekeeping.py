@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kka_ray import tracking
 from kka_ray.cluster.checkpoints import Checkpoints
+from kka_ray.config.models import RunConfig
 from kka_ray.errors import DataError
 from kka_ray.housekeeping import collect, show_store
 from kka_ray.store import Attempt, Store
@@ -22,6 +24,7 @@ def _run(output: Path, name: str, references: list | None) -> None:
     folder = output / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("name: x\n")
+    (folder / "config_hash").write_text("h\n")
     if references is not None:
         (folder / "references.json").write_text(json.dumps(references))
 
@@ -57,6 +60,17 @@ def test_references_are_followed_through_the_markers(store, tmp_path):
         ("sample", other): "unused",
     }
     assert {e.runs for e in inventory.entries if e.state == "used"} == {("demo",)}
+
+
+def test_copies_of_configurations_among_the_tracked_artifacts_are_no_runs(store, tmp_path):
+    used, unused = _make(store, "fit", {"n": 1}), _make(store, "fit", {"n": 2})
+    _run(tmp_path / "runs", "demo", [["fit", used]])
+    values = {"name": "demo", "data": {"kind": "flowers"}, "output": str(tmp_path / "runs")}
+    tracking.log_run(RunConfig.model_validate(values), {"config_hash": "h", "rounds": []}, tmp_path / "runs" / "demo")
+    assert [*(tmp_path / "runs").glob("mlartifacts/*/artifacts/config.yaml")]
+    states = _states(collect(tmp_path / "runs", store.uri, delete=True))
+    assert states == {("fit", used): "used", ("fit", unused): "unused"}
+    assert store.find("fit", unused) is None
 
 
 def test_deleting_takes_what_is_unused_and_leaves_the_rest(store, tmp_path):

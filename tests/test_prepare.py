@@ -8,6 +8,7 @@ import numpy as np
 
 from kka_ray.config.models import FlowersData, RunConfig
 from kka_ray.data import open_data
+from kka_ray.prepare import prepare
 from kka_ray.prepare import test_set as read_test_set
 from kka_ray.store import Store
 
@@ -22,3 +23,18 @@ def test_a_test_set_that_is_found_tells_as_much_as_one_that_is_drawn(tmp_path: P
     assert first.identity() == second.identity()
     np.testing.assert_array_equal(first.anomalous, second.anomalous)
     assert dict(drawn.test_dropped) == dict(found.test_dropped) == {"duplicate": 0}
+
+
+def test_what_follows_is_made_anew_at_another_image_size(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    values = {
+        "name": "x",
+        "data": {"kind": "flowers", "normals": 20},
+        "detect": {"detectors": [{"kind": "knn"}], "headline": "knn"},
+    }
+    found = {
+        size: prepare(RunConfig.model_validate(values | {"backbone": {"image_size": size}}), store).identity
+        for size in (32, 64)
+    }
+    assert found[32] != found[64]
+    assert prepare(RunConfig.model_validate(values | {"backbone": {"image_size": 32}}), store).identity == found[32]

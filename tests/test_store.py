@@ -174,3 +174,21 @@ def test_the_marker_tells_what_it_was_made_of(tmp_path: Path) -> None:
     marker = json.loads((tmp_path / "stage" / output.key / "committed.json").read_text())
     assert marker["inputs"] == {"seed": 7}
     assert output.seconds >= 0
+
+
+def test_a_storage_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(str(tmp_path / "file" / "store"))
+    with pytest.raises(StoreError, match=r"cannot read the store .*file/store.*-o store\.uri"):
+        store.find("fit", "k")
+    remote = Store("memory://refusing")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to locate credentials")  # as botocore: no OSError
+
+    for name in ("cat_file", "pipe_file"):
+        monkeypatch.setattr(remote.filesystem, name, refuse)
+    with pytest.raises(StoreError, match="Unable to locate credentials"):
+        remote.find("fit", "k")
+    with pytest.raises(ResourceError, match="Unable to locate credentials"):
+        remote.put("/refusing/x", b"x")

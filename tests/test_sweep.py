@@ -25,9 +25,9 @@ from kka_ray.config.models import Cifar100Data, RunConfig
 from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
-from kka_ray.errors import ResourceError, StageError
+from kka_ray.errors import ConfigError, ResourceError, StageError
 from kka_ray.evaluation import unseen_drawn_normals
-from kka_ray.experiment import absolute, computing
+from kka_ray.experiment import absolute, claim, computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.objective import Reference, in_reference_half, mean_aucs, reference_of, validation_auc
@@ -220,6 +220,16 @@ def test_a_trial_fits_two_cpus_and_two_trials_do_not(small: Sweep) -> None:
         sweep_plan(small.base, 2).check([{"CPU": 2.0}])
     sweep_plan(small.base, 2).check([{"CPU": 4.0}])
     assert sum(b["CPU"] for b in sweep._resources(small.base).bundles) == pytest.approx(0.25 + 4 * 0.15)
+
+
+def test_a_trial_that_would_never_get_its_places_is_refused(small: Sweep) -> None:
+    varied = ['parameters={"preference.workers": {"grid": [1, 4]}}', "trials=null", "run.preference.micro_batch=1"]
+    wide = load_sweep(ROOT / "tune_configs" / "smoke.yaml", varied)
+    assert sweep.plans(small) == [sweep_plan(small.trials[0].config, small.config.concurrency)]
+    assert len(sweep.plans(wide)) == 2
+    sweep.plans(wide)[0].check([{"CPU": 2.0}])
+    with pytest.raises(ResourceError, match="does not fit"):
+        sweep.plans(wide)[1].check([{"CPU": 2.0}])
 
 
 def test_outputs_count_as_found_if_they_were_there_before() -> None:
@@ -425,6 +435,28 @@ def test_a_sweep_that_is_started_again_refers_to_everything(small: Sweep, tmp_pa
     (tmp_path / "references.json").write_text("[]")
     sweep._claim(Place(str(tmp_path), tmp_path), small.config)
     assert [f.name for f in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_sweep_keeps_its_folder_to_itself(small: Sweep, tmp_path: Path) -> None:
+    place = Place(str(tmp_path), tmp_path)
+    sweep._claim(place, small.config)
+    written = (tmp_path / "sweep.yaml").read_text()
+    more = small.config.model_copy(update={"concurrency": 2, "champion_evaluation": False})
+    sweep._claim(place, more)  # the same points, elsewhere
+    other = small.config.model_copy(update={"seed": 5})
+    with pytest.raises(ConfigError, match=r"holds another sweep \(seed\).*-o name=NAME"):
+        sweep._claim(place, other)
+    with pytest.raises(ConfigError, match=r"holds a sweep; give the run another name"):
+        claim(place, small.base, "h")
+    assert (tmp_path / "sweep.yaml").read_text() != written  # of the one before
+    assert [f.name for f in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_sweep_that_cannot_write_says_where(small: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "smoke"
+    with pytest.raises(ResourceError, match=f"cannot write the run's folder {folder}"):
+        sweep._claim(Place(str(folder), folder), small.config)
 
 
 def tiny() -> Callable[[dict[str, Any], Path], None]:

@@ -52,6 +52,25 @@ def test_a_server_that_does_not_answer_is_named_before_the_run(monkeypatch: pyte
         tracking.log_run(config, {"config_hash": "h", "rounds": []}, Path())
 
 
+def test_what_is_told_after_long_work_may_be_lost_but_not_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    uri = "http://127.0.0.1:9"
+    for tell in (
+        lambda: tracking.end_run(uri, "r", {}, failed=True),
+        lambda: tracking.log_metrics(uri, "r", {"loss": 1.0}, 1),
+        lambda: tracking.log_artifact(uri, "r", Path(__file__), "samples"),
+    ):
+        caplog.clear()
+        with tracking.unless_unreachable():
+            tell()
+        assert "does not take the results" in caplog.text
+        with pytest.raises(ResourceError, match="does not take the results"):
+            tell()
+
+
 def test_a_file_needs_no_check(tmp_path: Path) -> None:
     tracking.check(_config(f"sqlite:///{tmp_path / 'there' / 'mlflow.db'}"))
     assert not (tmp_path / "there").exists()

@@ -10,9 +10,11 @@ plan fits. A run has phases; what belongs to one phase must fit at once.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kka_ray import assets
 from kka_ray.config.models import PoolConfig, RunConfig
@@ -167,10 +169,22 @@ def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, 
 
 
 def weights_bytes(reference: str) -> int | None:
-    """Bytes of a model's safetensors; None if it is not on this machine."""
+    """Bytes of the safetensors that a model is loaded from; None if it is not on this machine."""
     if not assets.is_present(reference):
         return None
-    return sum(file.stat().st_size for file in assets.resolve(reference).path.rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in _weights(assets.resolve(reference).path))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """What a library loads. Repositories hold more: other precisions, and the same weights for other programs."""
+    if (folder / "model_index.json").is_file():
+        of_components = [file for file in folder.rglob("*.safetensors") if file.parent != folder]
+        full = [file for file in of_components if ".fp16." not in file.name]
+        return full or of_components
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [single] if single.is_file() else sorted(folder.rglob("*.safetensors"))
 
 
 def _missing(phase: Phase, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:

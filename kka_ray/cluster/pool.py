@@ -375,12 +375,14 @@ class Pool:
         self._waiting.appendleft(item)
 
 
-def drain(pools: Sequence[Pool], poll: float = 1.0) -> Iterator[tuple[Pool, int, Any]]:
-    """(pool, chunk number, result) of every chunk as it is ready, until all pools are idle.
+def drain(
+    pools: Sequence[Pool], poll: float = 1.0, until: Sequence[Pool] | None = None
+) -> Iterator[tuple[Pool, int, Any]]:
+    """(pool, chunk number, result) of every chunk as it is ready, until all pools are idle, or those of `until`.
 
     The caller may submit more chunks, to any of the pools, between two results: so one stage feeds the next.
     """
-    while any(pool.busy for pool in pools):
+    while any(pool.busy for pool in (pools if until is None else until)):
         references = [reference for pool in pools for reference in pool.references]
         ray.wait(references, num_returns=1, timeout=poll)
         for pool in pools:

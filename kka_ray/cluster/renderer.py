@@ -232,18 +232,21 @@ class _Track:
         """Adds a row to the log; `step` is one of its values."""
         with (self.folder / _LOG).open("a") as log:
             log.write(json.dumps(row) + "\n")
-        tracking.log_metrics(self._uri, self._run, row, int(row["step"]))
+        with tracking.unless_unreachable():
+            tracking.log_metrics(self._uri, self._run, row, int(row["step"]))
 
     def picture(self, picture: Image, step: int) -> None:
         """Keeps a grid of samples."""
         path = self.folder / "samples" / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
-        tracking.log_artifact(self._uri, self._run, path, "samples")
+        with tracking.unless_unreachable():
+            tracking.log_artifact(self._uri, self._run, path, "samples")
 
     def end(self) -> None:
         """Closes the MLflow run."""
-        tracking.end_run(self._uri, self._run, {})
+        with tracking.unless_unreachable():
+            tracking.end_run(self._uri, self._run, {})
 
 
 def _data(config: RendererConfig, folder: Path) -> TrainingData:

@@ -25,6 +25,7 @@ from kka_ray.cluster.workers import (
     start,
 )
 from kka_ray.config.models import ClusterConfig, PoolConfig, RunConfig
+from kka_ray.data.base import content_hash
 from kka_ray.data.decode import decode
 from kka_ray.describe.guard import Guard
 from kka_ray.describe.sampler import engine_versions, model_identity
@@ -124,10 +125,12 @@ class Streamer:
         self._samplers, self._renderers, self._turns = pools.samplers, pools.renderers, pools.turns
         self._later: list[tuple[int, RenderTask]] = []
         """Chunks for the renderers, while it is the samplers' turn."""
+        self._early: list[tuple[Pool, int, Any]] = []
+        """What the renderers finished while lines were scored."""
 
     def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int]]:
         """Token log-probabilities under the untuned model, shared out among the samplers, and what was asked of an API
-        for them."""
+        for them. The renderers are kept at work meanwhile."""
         rows = [(f"l{i:06d}", *pair) for i, pair in enumerate(zip(prompts, completions, strict=True))]
         size = self.config.describe.chunk
         budget = ErrorBudget("scoring the lines", len(rows), self.config.cluster)
@@ -135,7 +138,12 @@ class Streamer:
         # Parts of a fixed size: what is computed together must not depend on the number of workers.
         for k, i in enumerate(range(0, len(rows), size)):
             self._samplers.submit(k, ScoreTask(rows=tuple(rows[i : i + size])))
-        parts = {k: part for _, k, part in drain([self._samplers])}
+        parts: dict[int, Any] = {}
+        for pool, k, found in drain([self._samplers, self._renderers], until=[self._samplers]):
+            if pool is self._samplers:
+                parts[k] = found
+            else:
+                self._early.append((pool, k, found))
         usage: Counter[str] = Counter()
         for _, taken in parts.values():
             usage.update(taken)
@@ -226,7 +234,10 @@ class Streamer:
         """Chunks of both pools as they are ready; where the pools take turns, each ends before the next begins, and
         `between` is called then."""
         if not self._turns:
-            yield from drain([self._samplers, self._renderers])
+            for found in drain([self._samplers, self._renderers]):
+                yield found
+                while self._early:
+                    yield self._early.pop(0)
             return
         yield from drain([self._samplers])
         between()
@@ -335,15 +346,15 @@ class Streamer:
     def _render_task(self, rows: list[tuple[str, str, str]], number: int) -> RenderTask:
         config = self.config
         seeded = [(id_, text, image_seed(config.seed, id_)) for id_, text, _ in rows]
-        normals, normal_ids = None, None
+        normals, edited = None, None
         if config.render.mode == "img2img":
             train = self.prepared.normals.train
             picks = [seed % len(train) for _, _, seed in seeded]
             normals = tuple(train.images[i] for i in picks)
-            normal_ids = [train.ids[i] for i in picks]
+            edited = [content_hash(image) for image in normals]
         inputs = {
             "rows": [list(row) for row in seeded],
-            "normals": normal_ids,
+            "normals": edited,
             "model": self.renderer_identity,
             "config": render_config(config),
             "threads": config.cluster.renderers.threads,

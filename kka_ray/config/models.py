@@ -571,7 +571,10 @@ class DetectConfig(Strict):
     weights: AnomalyWeights = AnomalyWeights()
     drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
     views: int = Field(
-        0, ge=0, description="augmented views of each anomaly, and as many of normals, to learn from; 0 for none"
+        0,
+        ge=0,
+        description="augmented views of each anomaly, and as many of normals, to learn from; 0 for none. "
+        "Only where a normal image that is mirrored, turned and shifted would be normal too",
     )
     workers: int = Field(1, ge=1, description="workers of the Ray Train job that fits the detectors")
     share: Literal["fits", "steps"] = Field(
@@ -683,7 +686,7 @@ class RunConfig(Strict):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=4_000_000, description="of everything that is drawn at random")
     data: Data
     backbone: BackboneConfig = BackboneConfig()
     describe: DescribeConfig = DescribeConfig()

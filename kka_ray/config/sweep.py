@@ -102,7 +102,7 @@ class SweepConfig(Strict):
     parameters: dict[str, Parameter] = Field(min_length=1, description="by dotted name, as in loop.rounds")
     trials: int | None = Field(None, ge=1, description="random draws for each point of the grid")
     concurrency: int = Field(1, ge=1, description="trials that run at the same time")
-    seed: int = Field(0, description="of the random draws; the runs keep their own")
+    seed: int = Field(0, ge=0, description="of the random draws; the runs keep their own")
     objective: Literal["validation_auc"] = "validation_auc"
     champion_evaluation: bool = Field(True, description="evaluate the best configuration on the test images, once")
 

@@ -194,7 +194,9 @@ def _pause(attempt: int, asked: str | None) -> float:
 
 
 def _key(variable: str) -> str:
-    key = os.environ.get(variable, "")
+    key = os.environ.get(variable, "").strip()  # a secret that comes from a file often ends in a line break
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{variable} (describe.sampler.key_variable) holds what no key has, such as a line break")
     if not key:
         raise ConfigError(
             f"describe.sampler.key_variable names {variable}, which is not set where the sampler runs: export it "

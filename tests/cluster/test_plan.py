@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from kka_ray.cluster.estimate import estimate, total
-from kka_ray.cluster.plan import Plan, make_plan
+from kka_ray.cluster.plan import Plan, make_plan, weights_bytes
 from kka_ray.cluster.streaming import computes_on, render_config, sample_config, sampler_config
 from kka_ray.config import load
 from kka_ray.config.models import ClusterConfig, FlowersData, LoopConfig, PoolConfig, PreferenceConfig, RunConfig
@@ -156,3 +157,28 @@ def test_a_shipped_gpu_run_fits_its_cluster_and_fills_it(file: Path) -> None:
     assert max(phase.gpus for phase in wanted.phases) == pytest.approx(sum(n["GPU"] for n in nodes))
     with pytest.raises(ResourceError, match="does not fit"):
         wanted.check([{"CPU": n["CPU"], "GPU": n["GPU"] - 0.5} for n in nodes])
+
+
+@pytest.mark.parametrize(
+    ("files", "loaded"),
+    [
+        (["model.safetensors", "model.fp16.safetensors", "onnx/model.safetensors"], ["model.safetensors"]),
+        (
+            ["model_index.json", "all.safetensors", "unet/a.safetensors", "unet/a.fp16.safetensors"],
+            ["unet/a.safetensors"],
+        ),
+        (["model_index.json", "all.safetensors", "unet/a.fp16.safetensors"], ["unet/a.fp16.safetensors"]),
+        (
+            ["first.safetensors", "second.safetensors", "consolidated.safetensors"],
+            ["first.safetensors", "second.safetensors"],
+        ),
+    ],
+)
+def test_only_what_is_loaded_weighs(tmp_path: Path, files: list[str], loaded: list[str]) -> None:
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 10**number)
+    if "consolidated.safetensors" in files:
+        index = {"weight_map": {"a": "first.safetensors", "b": "second.safetensors", "c": "first.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_bytes(str(tmp_path)) == sum((tmp_path / name).stat().st_size for name in loaded)

@@ -137,3 +137,15 @@ def test_a_pool_grows_while_chunks_wait_and_shrinks_when_none_do(make: Any, tmp_
         sizes.add(len(pool._workers))
     assert sizes == {1, 2}
     assert len(pool._workers) == 1
+
+
+def test_a_pool_is_kept_at_work_while_another_is_waited_for(make: Any) -> None:
+    scorers, renderers = make(), make()
+    for i in range(12):
+        renderers.submit(i, fakes.rows("ok"))
+    scorers.submit(0, fakes.rows(*["slow"] * 10))
+    renderers.submit(12, fakes.rows(*["slow"] * 30))
+    found = list(drain([scorers, renderers], poll=0.1, until=[scorers]))
+    assert [i for pool, i, _ in found if pool is scorers] == [0]
+    assert [i for pool, i, _ in found if pool is renderers] == list(range(12))
+    assert [i for _, i, _ in drain([renderers], poll=0.1)] == [12]

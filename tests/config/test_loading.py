@@ -177,3 +177,19 @@ def test_drawn_normals_that_are_asked_for_must_be_drawn() -> None:
         assert RunConfig.model_validate(values).render.normals > 0
         with pytest.raises(ValidationError, match=r"render\.normals is 0"):
             RunConfig.model_validate(values | {"render": {"normals": 0}})
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes("name: x\ndata: {kind: folder, path: p, description: ein Stück}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml is not UTF-8 text \(byte \d+\)"):
+        load(file, RunConfig)
+
+
+@pytest.mark.parametrize("seed", [-1, 4_000_000])
+def test_seeds_that_a_library_would_refuse_later_are_refused(tmp_path: Path, seed: int) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: x\ndata: {kind: flowers}\n")
+    with pytest.raises(ConfigError, match="seed"):
+        load(file, RunConfig, [f"seed={seed}"])
+    assert load(file, RunConfig, ["seed=3999999"]).seed * 1000 + 999 < 2**32

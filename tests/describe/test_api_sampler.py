@@ -130,3 +130,14 @@ def test_turns_are_given_at_the_wanted_rate() -> None:
     assert [limit.reserve() for _ in range(3)] == pytest.approx([0, 0.5, 1])
     now[0] = 10.0
     assert [limit.reserve() for _ in range(2)] == pytest.approx([0, 0.5])
+
+
+def test_a_key_with_a_line_break_is_mended_or_refused_without_being_shown(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret\n")
+    assert engine(service, key_variable="SOME_KEY")._client.headers["authorization"] == "Bearer sk-secret"
+    monkeypatch.setenv("SOME_KEY", "sk-secret\nmore")
+    with pytest.raises(ConfigError, match="SOME_KEY") as raised:
+        engine(service, key_variable="SOME_KEY")
+    assert "secret" not in str(raised.value)
