@@ -104,8 +104,7 @@ def sweep(
     if dry_run:
         for trial in resolved.trials:
             _say(sweeping.name_of(trial))
-        for plan in sweeping.plans(resolved):
-            _say(_commented(plan))
+        _say(_commented(sweeping.plan_of(resolved)))
         return
 
     def note(text: str) -> None:

@@ -123,9 +123,7 @@ def _run(
     tracking.check(base)
     uri = tracking.tracking_uri(base)
     with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
-        there = nodes()
-        for plan in plans(sweep):
-            plan.check(there)
+        plan_of(sweep).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
         reference = make_reference(base, store, prepare(base, store), progress)
@@ -164,9 +162,10 @@ def _run(
     return result
 
 
-def plans(sweep: Sweep) -> list[Plan]:
-    """The plans of the trials, each that differs once: what varies may ask for other places."""
-    return list(dict.fromkeys(sweep_plan(trial.config, sweep.config.concurrency) for trial in sweep.trials))
+def plan_of(sweep: Sweep) -> Plan:
+    """The phases of all trials, each that differs once: what varies may ask for other places."""
+    plans = [sweep_plan(trial.config, sweep.config.concurrency) for trial in sweep.trials]
+    return Plan(tuple(dict.fromkeys(phase for plan in plans for phase in plan.phases)))
 
 
 def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
