@@ -32,7 +32,9 @@ class ServeConfig(Strict):
     batch: int = Field(16, ge=1, description="images of one or more requests that are scored together")
     batch_wait: float = Field(0.01, ge=0, description="seconds to wait for a batch to fill")
     ongoing: int = Field(8, ge=1, description="requests that an ingress replica holds at once, each with its images")
-    queued: int = Field(64, ge=1, description="requests that may wait; more are answered with 503")
+    queued: int = Field(
+        16, ge=1, description="requests that may wait, their bodies in memory; more are answered with 503"
+    )
     timeout: float = Field(60, gt=0, description="seconds after which a request is given up, reading it included")
 
     @model_validator(mode="after")

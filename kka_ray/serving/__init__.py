@@ -14,6 +14,7 @@ from kka_ray.config.models import ClusterConfig
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import ResourceError
 from kka_ray.serving.access import VARIABLE, make_digest
+from kka_ray.serving.proxy import installed
 
 APPLICATION = "kka"
 
@@ -48,13 +49,14 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
         if not ray.is_initialized():
             raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")
         _check_serve_is_ours()
-        return _deploy(run, config, say)
-    with session(ClusterConfig()):
+        return _deploy(run, config, make_digest(run), say)
+    token = make_digest(run)
+    with installed(token[0], config.max_total_bytes), session(ClusterConfig()):
         from ray import serve
 
         _check_serve_is_ours()
         try:
-            service = _deploy(run, config, say)
+            service = _deploy(run, config, token, say)
             _wait_for_the_end()
             say("stopping")
         finally:
@@ -72,13 +74,15 @@ def _wait_for_the_end() -> None:
         signal.signal(number, handler)
 
 
-def _deploy(run: str | Path, config: ServeConfig, say: Callable[[str], None]) -> Service:
+def _deploy(
+    run: str | Path, config: ServeConfig, token: tuple[bytes, Path | None], say: Callable[[str], None]
+) -> Service:
     from ray import serve
 
     from kka_ray.serving.deployment import build_application
 
     _check_room(config)
-    token_digest, token_file = make_digest(run)
+    token_digest, token_file = token
     application = build_application(run, config, token_digest)
     try:
         serve.start(

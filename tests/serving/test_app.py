@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -403,6 +404,7 @@ def test_a_real_service_scores_and_refuses(run, folder, tmp_path, monkeypatch):
     from kka_ray.cluster.session import session
     from kka_ray.config.models import ClusterConfig
     from kka_ray.serving import start
+    from kka_ray.serving.proxy import installed
 
     monkeypatch.setenv("KKA_SERVE_TOKEN", TOKEN)
     with socket.socket() as probe:
@@ -410,13 +412,17 @@ def test_a_real_service_scores_and_refuses(run, folder, tmp_path, monkeypatch):
         port = probe.getsockname()[1]
     config = ServeConfig(port=port, cpus=0.5, max_bytes=100_000, max_total_bytes=1_000_000, max_pixels=100_000)
     said: list[str] = []
-    with session(ClusterConfig()):
+    with installed(digest(TOKEN), config.max_total_bytes), session(ClusterConfig()):
         try:
             service = start(run, config, blocking=False, say=said.append)
             assert TOKEN not in "".join(said)
             with httpx2.Client(base_url=service.url, timeout=60) as client:
                 _check_service(client, folder, _folder_scores(folder, run, tmp_path))
-            _check_a_slow_flood(port)
+            assert _flood(port, TOKEN).startswith(b"HTTP/1.1 413")
+            with _saturated(port, config.ongoing):
+                # Nothing answers at the moment; the proxy does by itself, and keeps nothing.
+                assert _flood(port, "a-stranger-s-token").startswith(b"HTTP/1.1 401")
+                assert _flood(port, TOKEN).startswith(b"HTTP/1.1 413")
         finally:
             serve.shutdown()
     assert not ray.is_initialized()
@@ -446,18 +452,32 @@ def _check_service(client, folder, rows) -> None:
     assert "Score an image" in client.get("/").text
 
 
-def _check_a_slow_flood(port: int) -> None:
-    """A body without end, in chunks, is answered and hung up on long before the client would stop."""
-    head = (
-        f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n"
+@contextlib.contextmanager
+def _saturated(port: int, ongoing: int):
+    """As many requests as the ingress holds, whose bodies do not end."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(ongoing):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            slow.sendall(_head(TOKEN) + b"5\r\n--b\r\n\r\n")
+        time.sleep(1)
+        yield
+
+
+def _head(token: str) -> bytes:
+    return (
+        f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nTransfer-Encoding: chunked\r\n"
         "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
-    )
+    ).encode()
+
+
+def _flood(port: int, token: str) -> bytes:
+    """The answer to a body without end, in chunks; the client is hung up on long before it would stop."""
     part = b'--b\r\nContent-Disposition: form-data; name="i"; filename="x"\r\n\r\n' + b"x" * 65_536
     sent, answer = 0, b""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(head.encode())
+        connection.sendall(_head(token))
         connection.settimeout(0.05)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 20
         while not answer and time.monotonic() < end and sent < 50_000_000:
             try:
                 connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
@@ -466,5 +486,5 @@ def _check_a_slow_flood(port: int) -> None:
                 answer = connection.recv(4096)
             except TimeoutError:
                 continue
-    assert answer.startswith(b"HTTP/1.1 413")
     assert sent < 5_000_000
+    return answer

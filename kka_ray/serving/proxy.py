@@ -1,0 +1,110 @@
+"""A gate in Ray Serve's proxies: the token and the size of a body are checked where the body comes in.
+
+The proxy takes a request's whole body into memory while the request waits for a free ingress process. The ingress
+checks both again; by itself it would come too late for bodies that wait. Ray imports `middlewares` in each proxy where
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=kka_ray.serving.proxy:middlewares` is in the environment of its node, as
+`kka serve` sees to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kka_ray.config.serve import ServeConfig
+from kka_ray.serving.access import VARIABLE, digest, is_authorised
+
+DIGEST, LIMIT = "KKA_SERVE_TOKEN_SHA256", "KKA_SERVE_MAX_TOTAL_BYTES"
+"""Environment variables with what the gate holds requests against: the token's SHA-256 in hex digits, and bytes. By
+default those of `KKA_SERVE_TOKEN` and of `ServeConfig`; without any token sizes are checked alone."""
+
+_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+_GUARDED = "/v1/"
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray Serve puts around a proxy's own application."""
+    limit = int(os.environ.get(LIMIT) or ServeConfig().max_total_bytes)
+    token, hashed = os.environ.get(VARIABLE), os.environ.get(DIGEST)
+    expected = bytes.fromhex(hashed) if hashed else digest(token) if token else None
+    return [Middleware(Gate, expected=expected, limit=limit)]
+
+
+@contextmanager
+def installed(expected: bytes, limit: int) -> Iterator[None]:
+    """Within the block, the proxies of a Ray cluster that is started by this process have the gate."""
+    values = {_CALLBACK: f"{__name__}:{middlewares.__name__}", DIGEST: expected.hex(), LIMIT: str(limit)}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Gate:
+    """Answers 401 before a stranger's body is read, and 413 as soon as a body is larger than `limit` bytes."""
+
+    def __init__(self, app: ASGIApp, expected: bytes | None, limit: int) -> None:
+        """expected: SHA-256 of the token that requests below `/v1/` must bear; None if it is not known here."""
+        self._app, self._expected, self._limit = app, expected, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        guarded = self._expected is not None and scope["path"].startswith(_GUARDED)
+        if guarded and not is_authorised(headers.get("authorization"), self._expected or b""):
+            reason = "send the service's token: Authorization: Bearer TOKEN"
+            await _refuse(send, 401, "unauthorised", reason, (b"www-authenticate", b"Bearer"))
+            return
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            await self._refuse_size(send)
+            return
+        received, refused, begun = 0, False, False
+
+        async def counted() -> Message:
+            nonlocal received, refused
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limit and not refused:
+                refused = True
+                if not begun:
+                    await self._refuse_size(send)
+            # To the application the client is gone; what it still sends is not kept.
+            return {"type": "http.disconnect"} if refused else message
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if not refused:
+                begun = True
+                await send(message)
+
+        await self._app(scope, counted, answer)
+
+    async def _refuse_size(self, send: Send) -> None:
+        await _refuse(send, 413, "request_too_large", f"the request is larger than {self._limit} bytes")
+
+
+async def _refuse(send: Send, status: int, code: str, reason: str, *more: tuple[bytes, bytes]) -> None:
+    body = json.dumps({"error": code, "reason": reason, "file": None}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # the rest of the body is not wanted
+        *more,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
