@@ -25,16 +25,17 @@ from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
 from kka_ray.config import config_hash, dump, load
-from kka_ray.config.models import ApiSampler, FlowersData, RunConfig
+from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
 from kka_ray.detectors.tuned import Scores, TunedDetector
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
+from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.places import Place
-from kka_ray.prepare import Prepared, prepare
+from kka_ray.prepare import Prepared, extract_images, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
 from kka_ray.store import Store
 
@@ -93,7 +94,7 @@ def _run(
             progress("prepare", -1, 0, 1)
             prepared = prepare(config, store)
             progress("prepare", -1, 1, 1)
-            for warning in warnings(config, prepared):
+            for warning in warnings(config, store, prepared):
                 say(warning)
             loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
             result = loop.run()
@@ -203,15 +204,24 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in tracking.flatten(values) if name not in incidental}
 
 
-def warnings(config: RunConfig, prepared: Prepared) -> list[str]:
+def warnings(config: RunConfig, store: Store, prepared: Prepared) -> list[str]:
     """What a user should know before the run goes on."""
-    from kka_ray.render.domain import domain_warning
+    from kka_ray.render.domain import SAMPLE, domain_warning, load_reference
 
-    if not config.render.pipeline.startswith("builtin:"):
-        return []
     name = config.render.pipeline
-    weights = assets.resolve(name).path
-    found = domain_warning(prepared.train.pooled, prepared.backbone.identity, weights, name, prepared.data.subject)
+    # The pipelines of the hub have none.
+    reference = None if name.startswith("hub:") else load_reference(assets.resolve(name).path)
+    if reference is None:
+        return []
+    # Not the run's own features: it may look at the images at another size, or with another backbone.
+    backbone = Backbone.load(BackboneConfig(image_size=reference.image_size))
+    if backbone.identity != reference.backbone:
+        return [
+            f"the renderer {name} was not checked against {prepared.data.subject}: its reference is of a backbone "
+            "that is not here"
+        ]
+    shown = extract_images(store, backbone, prepared.normals.train.images[:SAMPLE], patches=False)
+    found = domain_warning(shown.pooled, reference, name, prepared.data.subject)
     return [found] if found else []
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
 
-from kka_ray import experiment
+from kka_ray import assets, experiment
 from kka_ray.config import RunConfig, config_hash, load
+from kka_ray.data.decode import encode_png
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.places import Place, opened
+from kka_ray.prepare import prepare
+from kka_ray.store import Store
 
 
 def run_config(**values: Any) -> RunConfig:
@@ -247,3 +252,33 @@ def test_a_library_that_half_of_a_run_later_is_missing_is_named_before_it(
     with pytest.raises(ConfigError, match=r"bitsandbytes.*'\.\[quantised\]'"):
         experiment.run(config, lambda *_: None, print)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="run `kka setup`")
+def test_a_renderer_is_checked_against_the_normals_at_its_own_image_size(tmp_path: Path) -> None:
+    trained = tmp_path / "trained"  # as `kka renderer train` leaves it
+    shutil.copytree(assets.SHIPPED["flowers"], trained)
+    store = Store(str(tmp_path / "store"))
+
+    def said(pipeline: str, size: int, **data: object) -> list[str]:
+        values = {
+            "backbone": {"image_size": size},
+            "render": {"pipeline": pipeline},
+            "data": {"kind": "flowers", **data},
+        }
+        config = run_config(**values, detect={"detectors": [{"kind": "knn"}], "headline": "knn"})
+        return experiment.warnings(config, store, prepare(config, store))
+
+    for size in (32, 64, 224):
+        assert said("builtin:flowers", size, normals=30) == []
+    noise = tmp_path / "noise" / "train" / "good"
+    noise.mkdir(parents=True)
+    for n in range(20):
+        image = np.random.default_rng(n).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        (noise / f"{n}.png").write_bytes(encode_png(image))
+    there = {"kind": "folder", "path": str(tmp_path / "noise"), "description": "noise"}
+    for pipeline in ("builtin:flowers", str(trained)):
+        (warning,) = said(pipeline, 64, **there)
+        assert "was trained on other images than noise" in warning
+    (trained / "reference.safetensors").unlink()
+    assert said(str(trained), 64, **there) == []

@@ -15,7 +15,7 @@ from kka_ray.cluster.session import session
 from kka_ray.config.loading import dump
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
-from kka_ray.errors import AssetError, ConfigError, StageError
+from kka_ray.errors import AssetError, ConfigError, DataError, StageError
 from kka_ray.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.features.backbone import Backbone
     from kka_ray.features.text import TextEncoder
     from kka_ray.render.distillation import Teacher
-    from kka_ray.render.domain import save_reference
+    from kka_ray.render.domain import SAMPLE, save_reference
     from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.matching import train_matcher
     from kka_ray.render.perceptual import Perceptual
@@ -164,7 +164,8 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         target = export_pipeline(average, folder / "pipeline", card, teacher)
         backbone = Backbone.load(BackboneConfig())
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
-        save_reference(target, backbone.extract([data.images[i] for i in rows[:256]], False).pooled, backbone.identity)
+        shown = backbone.extract([data.images[i] for i in rows[:SAMPLE]], patches=False).pooled
+        save_reference(target, shown, backbone.identity, backbone.config.image_size)
         train_matcher(target, data, rows, backbone, TextEncoder())
 
 
@@ -255,15 +256,18 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
     Beside them lies how many images each source has, and how many were left out.
     """
     from kka_ray.features.text import TextEncoder
-    from kka_ray.render.sources import read_sources
+    from kka_ray.render.domain import LEAST
+    from kka_ray.render.sources import read_sources, state_of_files
     from kka_ray.render.training import TrainingData
 
     made_of = config.model_dump(mode="json", include={"data", "sources", "network", "captions"})
-    identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT], sort_keys=True)
+    identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT, state_of_files(config)], sort_keys=True)
     found = TrainingData.load(folder / _DATA, identity)
     if found is not None:
         return found
     images, captions, counts = read_sources(config)
+    if len(images) < LEAST:
+        raise DataError(f"a renderer is trained on at least {LEAST} images, the sources hold {len(images)}")
     write_json(folder / _COUNTS, counts)
     data = TrainingData.encode(images, captions, TextEncoder(), config.network.max_text_tokens)
     data.save(folder / _DATA, identity)

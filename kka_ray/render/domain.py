@@ -7,6 +7,7 @@ features lies beside the weights, and the user's normals are compared with it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +27,50 @@ furniture (CIFAR-100), land use (UC Merced) and magnetic tiles 11 to 13."""
 _NEIGHBOURS = 5
 
 
-def save_reference(folder: Path, pooled: np.ndarray, backbone: str, count: int = 256, seed: int = 0) -> None:
-    """Keeps a random `count` of the training images' pooled features, (N, D), L2-normalised, in float16.
+SAMPLE = 256
+"""Images that are compared, of the training and of the normals, at most."""
+LEAST = 2 * _NEIGHBOURS + 2
+"""Training images that a reference needs."""
+_SIDE = 96
+"""`image_size` of the references that do not say theirs."""
 
-    `backbone` is the identity of the backbone that made them. Raises ValueError for fewer than 12 features.
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of a sample of a renderer's training images."""
+
+    pooled: np.ndarray
+    """Float32 (N, D), L2-normalised."""
+    backbone: str
+    """Identity of the backbone that made them."""
+    image_size: int
+    """Side in pixels that it saw: at another one features differ."""
+
+
+def save_reference(folder: Path, pooled: np.ndarray, backbone: str, image_size: int, seed: int = 0) -> None:
+    """Keeps the pooled features (N, D) of at most `SAMPLE` random training images, in float16; see `Reference`.
+
+    Raises ValueError for fewer than `LEAST` features.
     """
-    if len(pooled) <= 2 * _NEIGHBOURS + 1:
-        raise ValueError(f"a reference needs more than {2 * _NEIGHBOURS + 1} features, got {len(pooled)}")
-    rows = np.random.default_rng(seed).permutation(len(pooled))[:count]
-    save_file({"pooled": pooled[rows].astype(np.float16)}, folder / FILE, metadata={"backbone": backbone})
+    if len(pooled) < LEAST:
+        raise ValueError(f"a reference needs at least {LEAST} features, got {len(pooled)}")
+    rows = np.random.default_rng(seed).permutation(len(pooled))[:SAMPLE]
+    metadata = {"backbone": backbone, "image_size": str(image_size)}
+    save_file({"pooled": pooled[rows].astype(np.float16)}, folder / FILE, metadata=metadata)
 
 
-def load_reference(folder: Path) -> tuple[np.ndarray, str] | None:
-    """The reference features, float32 (N, D), and their backbone's identity; None if the folder holds none.
-
-    Raises AssetError if the file is damaged.
-    """
+def load_reference(folder: Path) -> Reference | None:
+    """A renderer's reference; None if its folder holds none, as those of the hub. Raises AssetError if the file is
+    damaged."""
     file = folder / FILE
     if not file.is_file():
         return None
     try:
         with safe_open(file, "numpy") as stored:
-            return stored.get_tensor("pooled").astype(np.float32), (stored.metadata() or {})["backbone"]
-    except (SafetensorError, KeyError) as error:
+            metadata = stored.metadata() or {}
+            pooled = stored.get_tensor("pooled").astype(np.float32)
+            return Reference(pooled, metadata["backbone"], int(metadata.get("image_size", _SIDE)))
+    except (SafetensorError, KeyError, ValueError) as error:
         raise AssetError(f"{file} is damaged ({error}); delete it, or fetch the renderer again") from error
 
 
@@ -71,23 +93,12 @@ def domain_distance(normals_pooled: np.ndarray, reference_pooled: np.ndarray) ->
     return float((np.median(outside) - middle) / spread)
 
 
-def domain_warning(normals_pooled: np.ndarray, backbone: str, folder: Path, name: str, subject: str) -> str | None:
-    """What to tell the user if the renderer `name`, in `folder`, does not suit the normals; None if it does.
+def domain_warning(normals_pooled: np.ndarray, reference: Reference, name: str, subject: str) -> str | None:
+    """What to tell the user if the renderer `name` does not suit the normals; None if it does.
 
-    None as well where it cannot be told: hub models have no reference features. `backbone` is the identity of the
-    backbone that made `normals_pooled`; with another one than the reference's the message says that nothing was
-    compared.
+    `normals_pooled` (N, D) are features of the reference's backbone at its image size.
     """
-    reference = load_reference(folder)
-    if reference is None:
-        return None
-    pooled, made_by = reference
-    if made_by != backbone:
-        return (
-            f"the renderer {name} was not checked against {subject}: its reference features are of another backbone. "
-            "Use backbone.model=builtin:efficientnet-lite0 to have it checked"
-        )
-    distance = domain_distance(normals_pooled, pooled)
+    distance = domain_distance(normals_pooled, reference.pooled)
     if distance < THRESHOLD:
         return None
     return (

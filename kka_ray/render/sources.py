@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +35,7 @@ class Captioned(NamedTuple):
 def read_sources(config: RendererConfig) -> Captioned:
     """What all sources of a training show. Test rows are never shown.
 
-    A photograph has `config.captions` captions, possibly equal; a drawn image has one.
+    Each image has `config.captions` captions, possibly equal; of a drawn one they are equal.
     """
     images: list[np.ndarray] = []
     captions: list[tuple[str, ...]] = []
@@ -43,7 +44,7 @@ def read_sources(config: RendererConfig) -> Captioned:
         if isinstance(source, FlowersSource):
             pictures, texts = _draw_flowers(source, config.processes)
             images.append(np.stack([_square(p, config.network.image_size) for p in pictures]))
-            captions += [(text,) for text in texts]
+            captions += [(text,) * config.captions for text in texts]
             counts.append({"images": len(pictures)})
         else:
             root = Path(config.data)
@@ -59,6 +60,25 @@ def read_sources(config: RendererConfig) -> Captioned:
             ]
             counts.append({"images": len(rows), **left_out})
     return Captioned(np.concatenate(images), captions, counts)
+
+
+def state_of_files(config: RendererConfig) -> str:
+    """SHA-256 of names, sizes and times of all files that the sources are read from: another one if any changed."""
+    digest = hashlib.sha256()
+    for source in config.sources:
+        for root in _roots(source, Path(config.data)):
+            for file in sorted(path for path in root.rglob("*") if path.is_file()):
+                stat = file.stat()
+                digest.update(f"{file.relative_to(root)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _roots(source: FlowersSource | DataSource | ParquetSource, data: Path) -> list[Path]:
+    if isinstance(source, ParquetSource):
+        return [data / source.path]
+    if isinstance(source, FlowersSource) or isinstance(source.data, FlowersData):
+        return []
+    return [data / source.data.path]
 
 
 def _draw_flowers(source: FlowersSource, processes: int) -> tuple[Sequence[np.ndarray], list[str]]:

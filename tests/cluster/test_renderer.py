@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
-from kka_ray.cluster.renderer import _identity, train_renderer
+from kka_ray.cluster.renderer import _data, _identity, train_renderer
 from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.data import flowers
-from kka_ray.errors import ConfigError
+from kka_ray.errors import ConfigError, DataError
+from kka_ray.render.domain import LEAST
 from kka_ray.render.matching import Matcher
 from kka_ray.render.renderer import Renderer
 from kka_ray.render.training import Settings, Trainer
@@ -94,6 +95,13 @@ def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> No
     train_renderer(load(tmp_path / "tiny.yaml", RendererConfig, overrides), lambda _: None)
     assert seen[0].data == str(tmp_path / "images")
     assert seen[0].tracking.uri == f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}"
+
+
+def test_too_few_images_are_refused_before_the_training(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG.replace("count: 256", f"count: {LEAST - 1}"))
+    with pytest.raises(DataError, match=f"at least {LEAST} images, the sources hold {LEAST - 1}"):
+        _data(load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path)
 
 
 @pytest.mark.slow

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from kka_ray.errors import AssetError
-from kka_ray.render.domain import FILE, THRESHOLD, domain_distance, domain_warning, load_reference, save_reference
+from kka_ray.render.domain import (
+    FILE,
+    LEAST,
+    THRESHOLD,
+    Reference,
+    domain_distance,
+    domain_warning,
+    load_reference,
+    save_reference,
+)
 
 
 def features(count: int, centre: int, seed: int) -> np.ndarray:
@@ -28,32 +37,29 @@ def test_distance_bears_with_a_few_strangers() -> None:
     assert domain_distance(mixed, features(256, 0, 0)) < THRESHOLD
 
 
-def test_warning_says_what_to_do_outside_the_domain_only(tmp_path: Path) -> None:
-    save_reference(tmp_path, features(400, 0, 0), "lite0")
-    assert domain_warning(features(50, 0, 1), "lite0", tmp_path, "hub:x/y", "flowers") is None
-    said = domain_warning(features(50, 5, 1), "lite0", tmp_path, "hub:x/y", "steel screws")
+def test_warning_says_what_to_do_outside_the_domain_only() -> None:
+    reference = Reference(features(256, 0, 0), "lite0", 96)
+    assert domain_warning(features(50, 0, 1), reference, "hub:x/y", "flowers") is None
+    said = domain_warning(features(50, 5, 1), reference, "hub:x/y", "steel screws")
     assert said is not None
     for part in ("steel screws", "hub:", "img2img", "train a renderer"):
         assert part in said
 
 
-def test_another_backbone_is_not_compared(tmp_path: Path) -> None:
-    save_reference(tmp_path, features(400, 0, 0), "lite0")
-    said = domain_warning(features(50, 5, 1)[:, :32], "other", tmp_path, "hub:x/y", "steel screws")
-    assert said is not None
-    assert "not checked" in said
+def test_features_of_another_backbone_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="different backbones"):
         domain_distance(features(50, 5, 1)[:, :32], features(50, 5, 1))
 
 
 def test_reference_is_small_and_read_back(tmp_path: Path) -> None:
     assert load_reference(tmp_path) is None
-    assert domain_warning(features(50, 5, 1), "lite0", tmp_path, "hub:x/y", "anything") is None
-    save_reference(tmp_path, features(400, 0, 0), "lite0")
+    with pytest.raises(ValueError, match=f"at least {LEAST}"):
+        save_reference(tmp_path, features(LEAST - 1, 0, 0), "lite0", 64)
+    save_reference(tmp_path, features(400, 0, 0), "lite0", 64)
     loaded = load_reference(tmp_path)
     assert loaded is not None
-    assert loaded[0].shape == (256, 64)
-    assert loaded[1] == "lite0"
+    assert loaded.pooled.shape == (256, 64)
+    assert (loaded.backbone, loaded.image_size) == ("lite0", 64)
     assert (tmp_path / FILE).stat().st_size < 256 * 64 * 2 + 1000
     (tmp_path / FILE).write_bytes(b"broken")
     with pytest.raises(AssetError, match="damaged"):

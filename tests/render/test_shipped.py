@@ -29,7 +29,7 @@ def test_a_shipped_renderer_is_small_and_says_how_it_came_about(name: str) -> No
     assert f"kka renderer train configs/renderer/{name}.yaml" in card
     reference = load_reference(folder)
     assert reference is not None
-    assert len(reference[0]) == 256
+    assert len(reference.pooled) == 256
 
 
 @needs_models

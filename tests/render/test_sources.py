@@ -15,7 +15,7 @@ from kka_ray.data import open_data
 from kka_ray.data.base import content_hash
 from kka_ray.data.decode import encode_png
 from kka_ray.errors import ConfigError
-from kka_ray.render.sources import read_sources
+from kka_ray.render.sources import read_sources, state_of_files
 
 
 @pytest.fixture
@@ -116,3 +116,21 @@ def test_images_that_an_evaluation_holds_back_are_not_shown(folder: Path) -> Non
     assert 20 <= len(shown) - 2 < 30
     # The oak that is tested on as well is left out although its row is not.
     assert counts == {"images": len(shown), "held_out": 42 - len(shown), "copies": 1}
+
+
+def test_drawn_flowers_and_photographs_can_be_shown_together(folder: Path) -> None:
+    values = config(folder).model_dump()
+    values["sources"] = [{"kind": "flowers", "count": 4}, *values["sources"]]
+    images, captions, _ = read_sources(parse(values | {"processes": 1}, RendererConfig, "test"))
+    assert len(images) == 47
+    assert {len(texts) for texts in captions} == {3}
+    assert all(len(set(texts)) == 1 for texts in captions[:4])
+
+
+def test_a_source_that_changed_is_noticed(folder: Path) -> None:
+    before = state_of_files(config(folder))
+    assert state_of_files(config(folder)) == before
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"more")
+    assert state_of_files(config(folder)) != before
+    flowers = config(folder).model_dump() | {"sources": [{"kind": "flowers", "count": 4}]}
+    state_of_files(parse(flowers, RendererConfig, "test"))  # nothing is read
