@@ -158,11 +158,14 @@ def score(
     ] = Path("scores"),
     heatmaps: Annotated[bool, typer.Option(help="write a heatmap an image")] = True,
     engine: EngineOption = "torch",
+    max_pixels: Annotated[int, typer.Option(min=1, help="pixels of an image; larger ones are listed")] = 64_000_000,
 ) -> None:
     """Scores images with a run's detector."""
     from kka_ray.scoring import score_folder
 
-    result = score_folder(images, model, output, heatmaps=heatmaps, console=console, engine=engine)
+    result = score_folder(
+        images, model, output, heatmaps=heatmaps, console=console, engine=engine, max_pixels=max_pixels
+    )
     console.print(
         f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}",
         highlight=False,
@@ -242,7 +245,10 @@ def gc(
 
 @app.command()
 def export(
-    parquet: Annotated[Path, typer.Argument(help="a Parquet file with image, class_name and superclass columns")],
+    parquet: Annotated[
+        Path,
+        typer.Argument(help="a Parquet set of images with their classes, masks and groups, as that of magnetic_tile"),
+    ],
     target: Annotated[Path, typer.Argument(help="folder to make")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

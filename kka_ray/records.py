@@ -1,6 +1,6 @@
 """The frozen records that travel between stages, and their Parquet form.
 
-Each record carries the ids it came from. An id is given once and never changes: `r1-p003-s07` is the eighth line that
+Each record carries the ids it came from. An id is given once and never changes: `r1-p003-s007` is the eighth line that
 the language model wrote in round 1 for prompt 3, and its picture bears the same id. What fails or is rejected is a
 record as well, with its reason.
 """

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kka_ray import places
 from kka_ray.config.models import Engine
-from kka_ray.data.decode import MAX_PIXELS, decode, encode_png
-from kka_ray.data.folder import SUFFIXES
+from kka_ray.data.decode import MAX_PIXELS, encode_png
+from kka_ray.data.folder import SUFFIXES, image_files, read_image
 from kka_ray.detectors.tuned import Scores, TunedDetector
 from kka_ray.errors import AssetError, DataError, ResourceError
 
@@ -30,7 +30,6 @@ BATCH_PIXELS = 32_000_000
 
 COLUMNS = ("file", "status", "score", "robust_z", "percentile", "verdict", "error")
 
-_MAX_BYTES = 8 * MAX_PIXELS + 1_000_000  # 16-bit RGBA without compression, and a header
 _HOT = 6.0
 """Heat, in MADs of validation normals, from which an overlay is at full strength, unless the image holds more."""
 _OVERLAY_SIDE = 1024
@@ -121,7 +120,14 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def score_folder(
-    images: Path, model: str | Path, output: Path, *, heatmaps: bool, console: Console, engine: Engine = "torch"
+    images: Path,
+    model: str | Path,
+    output: Path,
+    *,
+    heatmaps: bool,
+    console: Console,
+    engine: Engine = "torch",
+    max_pixels: int = MAX_PIXELS,
 ) -> ScoreResult:
     """Scores an image, or every image below a folder, with a run's detector.
 
@@ -145,7 +151,7 @@ def score_folder(
         # In it and not beside it: it may be a mounted disk of its own.
         with tempfile.TemporaryDirectory(dir=output, prefix=".scoring-") as temporary:
             work = Path(temporary)
-            result = _score(files, tuned, work, heatmaps, console)
+            result = _score(files, tuned, work, heatmaps, console, max_pixels)
             _put_in_place(work, output)
     except OSError as error:
         raise ResourceError(f"cannot write the scores into {output}: {error}") from error
@@ -157,7 +163,12 @@ def score_folder(
 
 
 def _score(
-    files: Sequence[tuple[str, Path]], tuned: TunedDetector, work: Path, heatmaps: bool, console: Console
+    files: Sequence[tuple[str, Path]],
+    tuned: TunedDetector,
+    work: Path,
+    heatmaps: bool,
+    console: Console,
+    max_pixels: int,
 ) -> ScoreResult:
     rows: dict[str, _Row] = {}
     sheet: list[tuple[_Row, Image.Image]] = []
@@ -172,7 +183,7 @@ def _score(
     localises = True
     with bars:
         task = bars.add_task("scoring", total=len(files))
-        for names, batch in _batches(files, rows):
+        for names, batch in _batches(files, rows, max_pixels):
             scores, heat = judge(tuned, batch, heatmaps)
             localises = not heatmaps or heat is not None
             for i, name in enumerate(names):
@@ -209,24 +220,22 @@ def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
         raise DataError(f"there is no image or folder {images}")
     sheet, maps = output.resolve() / "contact_sheet.png", output.resolve() / "heatmaps"
     found = []
-    for path in images.rglob("*"):
-        name = path.relative_to(images)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.suffix.lower() not in SUFFIXES or hidden or not path.is_file():
-            continue
+    for path in image_files(images, recursive=True):
         if path.resolve() != sheet and maps not in path.resolve().parents:
-            found.append((name.as_posix(), path))
-    return sorted(found)
+            found.append((path.relative_to(images).as_posix(), path))
+    return found
 
 
-def _batches(files: Sequence[tuple[str, Path]], rows: dict[str, _Row]) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+def _batches(
+    files: Sequence[tuple[str, Path]], rows: dict[str, _Row], max_pixels: int
+) -> Iterator[tuple[list[str], list[np.ndarray]]]:
     """Names and images of those files that can be read; the others are put into `rows`."""
     names: list[str] = []
     images: list[np.ndarray] = []
     pixels = 0
     for name, path in files:
         try:
-            image = _read(name, path)
+            image = read_image(path, name, max_pixels)
         except (DataError, OSError) as error:
             # One bad file must not end the scoring of thousands; its row says what is wrong with it.
             rows[name] = _Row(name, error=" ".join(str(error).split()))
@@ -239,13 +248,6 @@ def _batches(files: Sequence[tuple[str, Path]], rows: dict[str, _Row]) -> Iterat
             names, images, pixels = [], [], 0
     if images:
         yield names, images
-
-
-def _read(name: str, path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise DataError(f"{name}: the file has {size} bytes, more than {MAX_PIXELS} pixels can take; scale it down")
-    return decode(path.read_bytes(), name)
 
 
 def _write_csv(path: Path, rows: Sequence[_Row]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 import kka_ray
-from kka_ray.config import RunConfig, merge, parse, read
+from kka_ray.config import RunConfig, load, merge, parse, read
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.config.sweep import SweepConfig, dotted_names
 from tests.report import fake_run
@@ -51,6 +53,20 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)", text):
         if name.split(".")[0] in sections and not name.endswith((".py", ".safetensors")):
             assert name in known, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and trainings as they are written, but for those of configurations that the reader makes."""
+    monkeypatch.chdir(ROOT)
+    kinds = {"kka run": RunConfig, "kka renderer train": RendererConfig, "kka doctor": RunConfig}
+    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            kind = next((k for k in kinds if line.startswith(f"{k} configs/")), None)
+            if kind:
+                words = shlex.split(line, comments=True)
+                overrides = [value for option, value in itertools.pairwise(words) if option == "-o"]
+                load(words[len(kind.split())], kinds[kind], overrides)
 
 
 def test_configurations_of_the_how_to_are_valid() -> None:

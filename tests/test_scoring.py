@@ -62,9 +62,9 @@ def images(normals, tmp_path):
     return folder
 
 
-def _score(images, model, output, heatmaps=False):
+def _score(images, model, output, heatmaps=False, **options):
     text = io.StringIO()
-    result = score_folder(images, model, output, heatmaps=heatmaps, console=Console(file=text))
+    result = score_folder(images, model, output, heatmaps=heatmaps, console=Console(file=text), **options)
     with (output / "scores.csv").open(newline="") as stream:
         return result, {row["file"]: row for row in csv.DictReader(stream)}, text.getvalue()
 
@@ -154,6 +154,11 @@ def test_a_single_image_can_be_scored(images, run, tmp_path):
     result, rows, _ = _score(images / "b.png", run, tmp_path / "out")
     assert result.scored == 1
     assert list(rows) == ["b.png"]
+
+
+def test_the_limit_of_pixels_can_be_set(images, run, tmp_path):
+    _, rows, _ = _score(images / "b.png", run, tmp_path / "out", max_pixels=100)
+    assert "more than the limit of 100" in rows["b.png"]["error"]
 
 
 def test_an_interrupted_scoring_leaves_nothing(images, run, tmp_path, monkeypatch):

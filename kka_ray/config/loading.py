@@ -107,9 +107,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     try:
-        inner[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
+        if text.lstrip()[:1] in tuple("{['\""):
+            raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
+        value = text
+    # A sentence with a colon, as "Photos of other things:", would be a mapping; one that is meant has braces.
+    inner[last] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
 def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +18,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 64_000_000
 
+_LIMIT = threading.Lock()
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
+
 
 class TooLargeError(DataError):
     """An image with more pixels than allowed. It was not decoded."""
@@ -24,7 +31,7 @@ def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndar
     """Decodes one image to uint8 (H, W, 3), RGB.
 
     Of an animation or a stack the first frame is taken; EXIF rotation is applied; transparent images are laid on
-    white; 16-bit images are brought from 0..65535 to 0..255. `source` names the image in errors.
+    white; images of 9 to 16 bits are brought to 0..255, black to white. `source` names the image in errors.
 
     Raises TooLargeError if the header promises more than `max_pixels` pixels, before any is decoded, and DataError
     if the bytes are not an image of the allowed formats, are cut short or damaged, or hold 32-bit pixels, whose range
@@ -41,13 +48,14 @@ def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndar
     with _open(content, source, max_pixels) as image:
         try:
             image.load()
+            scale = _grey_scale(image)
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 raise DataError(
                     f"{source}: has 32-bit pixels (mode {upright.mode}), whose range is not known; "
                     "convert it to 8 or 16 bits a channel"
                 )
-            return _to_rgb(upright)
+            return _to_rgb(upright, scale)
         except DataError:
             raise
         except Exception as error:
@@ -69,11 +77,10 @@ def encode_png(image: np.ndarray) -> bytes:
 def _open(content: bytes, source: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on; our own limit decides, and an error is not also a warning.
+            # Pillow warns from 89 million pixels on and refuses from 179 million on; our own limit decides, below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{source}: {error}; scale it down or leave it out") from error
+            with _without_limit():
+                image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Exception as error:
         # Pillow's own words name an object in memory here, which would differ from run to run.
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
@@ -91,13 +98,34 @@ def _open(content: bytes, source: str, max_pixels: int) -> Image.Image:
     return image
 
 
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Within the block Pillow reads headers of any size; one thread at a time, as its limit is global."""
+    with _LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
 def _damaged(source: str, error: Exception) -> DataError:
     return DataError(f"{source}: the image is cut short or damaged ({error}); replace the file or leave it out")
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """The value of white of grey pixels with more than 8 bits, and whether black and white are exchanged: a TIFF may
+    have 12 bits, or white at zero, which Pillow leaves as they are."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    return 2 ** (bits if isinstance(bits, int) else bits[0]) - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
+def _to_rgb(image: Image.Image, scale: tuple[int, bool]) -> np.ndarray:
     if image.mode.startswith("I;16"):
-        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+        white, inverted = scale
+        grey = np.rint(np.asarray(image).astype(np.float32) / (white / 255)).clip(0, 255).astype(np.uint8)
+        grey = 255 - grey if inverted else grey
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,8 @@ TEMPLATES = (
 # An uncompressed 16-bit RGBA image takes eight bytes a pixel; a longer file need not even be read.
 _BYTES_PER_PIXEL = 8
 _HEADER_BYTES = 1_000_000
+_SHARE_OF_MEMORY = 0.5
+"""That the decoded images may take: they stay while the run lasts."""
 
 
 class FolderModule(DataModule):
@@ -130,11 +133,11 @@ class FolderModule(DataModule):
         return self.root
 
     def _load(self, files: Sequence[Path]) -> _Loaded:
-        loaded = _Loaded([], [], [])
+        loaded, held = _Loaded([], [], []), 0
         for file in files:
             name = file.relative_to(self.root).as_posix()
             try:
-                image = _read_image(file, name, self.config.max_pixels)
+                image = read_image(file, name, self.config.max_pixels)
             except (DataError, OSError) as error:
                 # One bad file must not stop a run over thousands; it is counted and listed instead.
                 reason = "too_large" if isinstance(error, TooLargeError) else "unreadable"
@@ -142,6 +145,13 @@ class FolderModule(DataModule):
                 continue
             loaded.files.append(file)
             loaded.images.append(image)
+            held += image.nbytes
+            if held > _SHARE_OF_MEMORY * _memory():
+                raise DataError(
+                    f"{self.root}: {len(loaded.files)} of its {len(files)} images alone take {held / 1e9:.1f} GB, more "
+                    f"than {_SHARE_OF_MEMORY:.0%} of this machine's memory. The detectors look at far smaller ones "
+                    f"(backbone.image_size): scale them down first, as with `mogrify -resize '1024x1024>'` on a copy"
+                )
         return loaded
 
     def _note(self, skipped: Sequence[tuple[str, str]]) -> None:
@@ -225,22 +235,40 @@ class _Loaded:
 
 
 def image_files(folder: Path, *, recursive: bool) -> list[Path]:
-    """The images in a folder, by suffix, without hidden ones; in the order of their paths."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
+    """The images in a folder, by suffix, without hidden ones; in the order of their paths. Links are followed, each
+    folder once."""
     files = []
-    for path in found:
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
+    for path in _walk(folder, set()) if recursive else folder.iterdir():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
-            files.append((relative.as_posix(), path))
-    return [path for _, path in sorted(files)]
+            files.append(path)
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """All files below a folder."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _walk(path, seen)
+        else:
+            yield path
+
+
+def read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
+    """Pixels of an image file, as `decode` gives them and with its errors; `name` stands for it in them."""
     size = file.stat().st_size
     if size > _BYTES_PER_PIXEL * max_pixels + _HEADER_BYTES:
         raise TooLargeError(f"{name}: the file has {size} bytes, more than {max_pixels} pixels can take; scale it down")
     return decode(file.read_bytes(), name, max_pixels)
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _sidecar(image: Path) -> str:

@@ -5,6 +5,7 @@ The built-in one is EfficientNet-Lite0; any vision model that transformers' Auto
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -29,6 +30,8 @@ from kka_ray.features.pixels import resize_all
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+_MAPS = 2
+"""Raised when other maps or tokens of a transformers network are taken."""
 _CPU_BATCH = 16
 """On a CPU maps of more images than this leave the cache: EfficientNet-Lite0 at 96 px is then a third slower."""
 
@@ -66,16 +69,18 @@ class Backbone:
             raise ConfigError(f"the engine onnx computes on the CPU, not on {device}: use the engine torch there")
         model = assets.resolve(config.model)
         encoder: _Encoder
+        identity = model.identity
         if config.model == "builtin:efficientnet-lite0":
             encoder = _EfficientNet(model.path)
         elif config.model.startswith("builtin:"):
             raise AssetError(f"{config.model} is no image backbone; the built-in one is builtin:efficientnet-lite0")
         else:
             encoder = _Transformers(config.model, model.path, config.image_size)
+            identity = f"{identity}-{encoder.reading()}"
         encoder.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if engine == "torch":
-            return cls(config, model.identity, encoder, device)
-        return cls(config, model.identity, OnnxEncoder(encoder, config.image_size), device)
+            return cls(config, identity, encoder, device)
+        return cls(config, identity, OnnxEncoder(encoder, config.image_size), device)
 
     @property
     def network(self) -> nn.Module:
@@ -173,11 +178,17 @@ class _Transformers(_Encoder):
             if not patches:
                 return last.mean((2, 3)), None
             # The last map of stride 8 and of 16, where the network has them.
-            by_side = {int(m.shape[-1]): m for m in out.hidden_states or () if m.ndim == 4}
-            maps = [by_side[side] for side in (self.size // 8, self.size // 16) if side in by_side]
+            # Where strides do not divide the size, some networks round the sides of their maps up and some down.
+            found = [m for m in out.hidden_states or () if m.ndim == 4]
+            of_stride = {2 ** round(math.log2(self.size / m.shape[-1])): m for m in found}
+            maps = [of_stride[stride] for stride in (8, 16) if stride in of_stride]
             return last.mean((2, 3)), _one_grid(maps or [last])
         tokens = self._grid(last)
         return tokens.mean((2, 3)), tokens if patches else None
+
+    def reading(self) -> str:
+        """What features depend on beside the weights: how the images are scaled, and which maps are taken."""
+        return hashlib.sha256(json.dumps([self.mean, self.std, _MAPS]).encode()).hexdigest()[:8]
 
     def _grid(self, tokens: Tensor) -> Tensor:
         """Patch tokens (N, T, C) as a map (N, C, h, w), class and register tokens at the front left out."""
@@ -191,7 +202,10 @@ class _Transformers(_Encoder):
 
 def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of the channels that the model was trained with; those of ImageNet if it does not say."""
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text()) if file.is_file() else {}
+    values: dict[str, Any] = {}
+    for file, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if (folder / file).is_file():
+            found = json.loads((folder / file).read_text())
+            values |= (found.get(part) or {}) if part else found
     mean, std = values.get("image_mean") or _IMAGENET_MEAN, values.get("image_std") or _IMAGENET_STD
     return tuple(mean), tuple(std)

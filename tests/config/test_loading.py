@@ -137,6 +137,17 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str) -> None:
         load(tmp_path / "run.yaml", RunConfig, [override])
 
 
+@pytest.mark.parametrize("text", ["Photos of other things:", "a screw: M4", "M4: steel: a screw", "50 %"])
+def test_a_sentence_is_a_text_whatever_yaml_makes_of_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: flowers}\n")
+    given = [f"describe.contrast={text}", "render.mask={min_area: 0.1, max_area: 0.2}", "render.mode=img2img"]
+    config = load(tmp_path / "run.yaml", RunConfig, given)
+    assert config.describe.contrast == text
+    assert config.render.mask is not None
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path / "run.yaml", RunConfig, ["render.mask={min_area: 0.1"])
+
+
 def test_extends_merges_key_by_key_and_refuses_circles(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("name: base\ndata: {kind: flowers, normals: 50}\nloop: {rounds: 3}\n")
     (tmp_path / "run.yaml").write_text("extends: base.yaml\nname: run\nloop: {lines: 8}\n")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kka_ray.data.decode import FORMATS, TooLargeError, decode, encode_png
+from kka_ray.data.decode import FORMATS, TooLargeError, _open, decode, encode_png
 from kka_ray.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def test_bomb_is_refused_at_once():
     bomb = black_png(20_000, 20_000)
     assert len(bomb) < 1_000_000
     start = time.process_time()
-    with pytest.raises(TooLargeError, match=r"^bomb\.png: .*400000000.*scale it down"):
+    with pytest.raises(TooLargeError, match=r"^bomb\.png: .*20000 x 20000 pixels.*scale it down"):
         decode(bomb, "bomb.png")
     assert time.process_time() - start < 0.5
 
@@ -187,3 +187,34 @@ def test_limit_is_inclusive():
     assert decode(content, "a", max_pixels=240).shape == (12, 20, 3)
     with pytest.raises(TooLargeError, match="20 x 12 pixels, more than the limit of 239"):
         decode(content, "a", max_pixels=239)
+
+
+def _tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """One row of grey pixels of 12 or 16 bits, uncompressed, little-endian."""
+    if bits == 12:
+        stream = "".join(f"{v:012b}" for v in values.tolist())
+        data = bytes(int(stream[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(stream), 8))
+    else:
+        data = values.astype("<u2").tobytes()
+    tags = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
+    tags.append((279, len(data)))
+    data += b"\0" * (len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_grey_of_any_depth_goes_from_black_to_white(bits, photometric):
+    white = 2**bits - 1
+    values = np.array([0, white // 3, white, white])
+    found = decode(_tiff(values, bits, photometric), "scan.tif")[0, :, 0].tolist()
+    assert found == ([0, 85, 255, 255] if photometric else [255, 170, 0, 0])
+
+
+def test_our_own_limit_decides_however_high_it_is():
+    content = black_png(14_000, 13_000)
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(TooLargeError, match="14000 x 13000 pixels, more than the limit of 181000000"):
+        decode(content, "a.png", 181_000_000)
+    assert before == Image.MAX_IMAGE_PIXELS
+    assert _open(content, "a.png", 182_000_000).size == (14_000, 13_000)

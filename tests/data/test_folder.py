@@ -6,6 +6,7 @@ import pytest
 from kka_ray.config.models import FolderData
 from kka_ray.data import open_data
 from kka_ray.data.base import content_hash
+from kka_ray.data.folder import image_files
 from kka_ray.errors import DataError
 
 
@@ -248,3 +249,21 @@ def test_missing_csv(tmp_path, write_images):
     write_images(tmp_path, 12)
     with pytest.raises(DataError, match=r"data\.captions: .*captions\.csv cannot be read"):
         open_data(config(tmp_path, captions="captions.csv"), 0).normals()
+
+
+def test_linked_folders_are_read_once(tmp_path, write_images):
+    write_images(tmp_path / "elsewhere", 12)
+    good = tmp_path / "data" / "train" / "good"
+    good.mkdir(parents=True)
+    (good / "batch1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(good)
+    assert len(image_files(good, recursive=True)) == 12
+    found = open_data(config(tmp_path / "data"), 0).normals()
+    assert len(found.train) + len(found.validation) == 12
+
+
+def test_images_that_would_fill_the_memory_are_refused(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path, 12)
+    monkeypatch.setattr("kka_ray.data.folder._memory", lambda: 1_000)
+    with pytest.raises(DataError, match=r"of its 12 images alone take .* GB, more than 50% of .* memory.*image_size"):
+        open_data(config(tmp_path), 0).normals()

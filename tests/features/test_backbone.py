@@ -117,17 +117,29 @@ def test_a_convolutional_network_gives_the_maps_of_stride_8_and_16(resnet):
     assert features.patches.shape == (2, 8, 8, 12 + 16)
 
 
-def test_the_models_own_statistics_are_used(resnet):
+@pytest.mark.parametrize("side", [64, 100, 90, 75])
+def test_the_maps_are_found_whatever_the_size(resnet, side):
+    """Some sides are rounded up by the network."""
+    features = Backbone.load(BackboneConfig(model=str(resnet), image_size=side)).extract(_images(1), patches=True)
+    assert features.patches is not None
+    assert features.patches.shape == (1, -(-side // 8), -(-side // 8), 12 + 16)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_the_models_own_statistics_are_used(resnet, file):
     images = _images(1)
     config = BackboneConfig(model=str(resnet), image_size=64)
-    before = Backbone.load(config).extract(images, patches=False).pooled
-    file = resnet / "preprocessor_config.json"
-    file.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))
+    before = Backbone.load(config)
+    said = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    path = resnet / file
+    path.write_text(json.dumps(said if file.startswith("pre") else {"image_processor": said}))
     try:
-        after = Backbone.load(config).extract(images, patches=False).pooled
+        after = Backbone.load(config)
     finally:
-        file.unlink()
-    assert np.abs(before - after).max() > 1e-4
+        path.unlink()
+    one, other = (backbone.extract(images, patches=False).pooled for backbone in (before, after))
+    assert np.abs(one - other).max() > 1e-4
+    assert before.identity != after.identity
 
 
 def test_a_patch_larger_than_the_image_is_refused(tmp_path):
