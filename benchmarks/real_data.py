@@ -33,7 +33,7 @@ def cases(data: Path, work: Path) -> dict[str, tuple[str, list[str]]]:
     """Name of each case, its configuration and what is set otherwise."""
     tiles = work / "magnetic_tile"
     furniture = [f"data.path={data / 'cifar100'}", *BUILT_IN]
-    folder = [f"data.path={tiles}", "data.description=a magnetic tile", *BUILT_IN]
+    folder = [f"data.path={tiles}", "data.description=a magnetic tile", r"data.group=\d+_(tile\d+)_", *BUILT_IN]
     mask = "render.mask={min_area: 0.05, max_area: 0.3}"
     return {
         "cifar100_furniture": ("cifar100_furniture", furniture),

@@ -276,10 +276,9 @@ def unseen_drawn_normals(config: RunConfig, loop: LoopResult) -> Features:
 
 def normal_views(config: RunConfig, normals: Sequence[np.ndarray], anomalies: int) -> list[np.ndarray]:
     """As many views of normals as so many anomalies have, spread over the training normals."""
-    wanted = config.detect.views * anomalies
-    rounds = -(-wanted // len(normals)) if wanted else 0
-    picked = [normals[i] for i in np.linspace(0, len(normals) - 1, min(wanted, len(normals))).astype(int)]
-    return views.views(picked, rounds, config.seed)
+    wanted, count = config.detect.views * anomalies, len(normals)
+    places = np.arange(wanted) % count if wanted > count else np.linspace(0, count - 1, wanted).astype(int)
+    return views.views([normals[i] for i in places], 1, config.seed)
 
 
 def _fit_all(

@@ -1,17 +1,30 @@
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kka_ray import evaluation
 from kka_ray.cluster.streaming import Drawn
-from kka_ray.config.models import AnomalyWeights, DetectConfig, FlowersData, Knn, LinearHead, RunConfig
+from kka_ray.config.models import AnomalyWeights, BackboneConfig, DetectConfig, FlowersData, Knn, LinearHead, RunConfig
+from kka_ray.detectors import sources
 from kka_ray.errors import StageError
-from kka_ray.evaluation import Evaluation, headline_detector, unseen_drawn_normals, verdict_weights
+from kka_ray.evaluation import (
+    TRAINED,
+    Evaluation,
+    headline_detector,
+    metrics,
+    normal_views,
+    unseen_drawn_normals,
+    verdict_weights,
+)
 from kka_ray.features.base import Features
 from kka_ray.loop import LoopResult
+from kka_ray.prepare import bare
 from kka_ray.records import Verdict
 from kka_ray.store import Store, stage_key
 
@@ -59,3 +72,114 @@ def test_fits_are_counted_as_they_come_into_the_store(tmp_path: Path, monkeypatc
             time.sleep(0.02)
     assert heard[-1] == 2
     assert not [thread for thread in threading.enumerate() if thread.name == "kka-fits"]
+
+
+def test_measures_are_those_of_scores_worked_by_hand() -> None:
+    anomalous = np.array([False, False, False, True, True])
+    found = metrics(np.array([1.0, 2.0, 3.0, 2.0, 4.0]), anomalous)
+    # Six pairs: 2 against 1, 2 (a tie) and 3, 4 against all.
+    assert found["auc"] == pytest.approx((1 + 0.5 + 0 + 3) / 6)
+    # Down the scores: 4 (an anomaly), 3 (a normal), then 2 twice: one of four, of which two are anomalies.
+    assert found["aupr"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
+    assert found["fpr95"] == pytest.approx(2 / 3), "both anomalies are found at a threshold of 2"
+    assert metrics(-np.arange(5.0), anomalous)["auc"] == 0
+
+
+def test_views_of_normals_are_as_many_as_those_of_anomalies() -> None:
+    normals = [np.full((8, 8, 3), shade, np.uint8) for shade in range(0, 250, 10)]
+    config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "detect": {"views": 4}})
+    for anomalies in (0, 3, 7, 13):
+        shown = normal_views(config, normals, anomalies)
+        assert len(shown) == 4 * anomalies
+        spread_over = {round(image.mean() / 10) for image in shown}
+        assert len(spread_over) >= min(len(shown), 20) - 8
+
+
+def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real stages of features, in a store; the job of the fits only says what it was asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def run(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
+        asked.extend(arguments["fits"])
+
+    monkeypatch.setattr(evaluation.train, "run", run)
+    store = Store(str(tmp_path))
+
+    def features(seed: int, count: int) -> Features:
+        return Features(np.random.default_rng(seed).random((count, 3)).astype(np.float32))
+
+    def images(seed: int, count: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(count)]
+
+    class FakeBackbone:
+        config, identity = BackboneConfig(), "fake"
+
+        def extract(self, shown: Sequence[np.ndarray], patches: bool) -> Features:
+            return Features(np.stack([image.mean((0, 1)) for image in shown]).astype(np.float32))
+
+    train_set, held_out = bare(images(0, 20)), bare(images(1, 5))
+    prepared = SimpleNamespace(
+        normals=SimpleNamespace(train=train_set, validation=held_out),
+        backbone=FakeBackbone(),
+        patches=False,
+        train=FakeBackbone().extract(train_set.images, False),
+    )
+
+    def played(number: int, kept: Sequence[str]) -> Any:
+        ids = [f"r{number}-{i}" for i in range(4)]
+        part = Drawn(ids=ids, images=images(10 + number, 4), features=features(10 + number, 4))
+        return SimpleNamespace(drawn=part, kept=[SimpleNamespace(id=id_) for id_ in kept])
+
+    rounds = [played(0, ["r0-0", "r0-1", "r0-2"]), played(1, ["r0-1", "r1-2", "r1-3"])]
+    own = Drawn(ids=[f"n{i}" for i in range(5)], images=images(20, 5), features=features(20, 5))
+    verdicts = {id_: SimpleNamespace(label="hard" if id_ == "r1-2" else "easy") for r in rounds for id_ in r.drawn.ids}
+    loop = LoopResult([], normals=own, verdicts=verdicts)  # type: ignore[arg-type]
+    loop.rounds = rounds
+    config = RunConfig.model_validate(
+        {
+            "name": "x",
+            "data": {"kind": "flowers"},
+            "detect": {
+                "detectors": [{"kind": "fused"}, {"kind": "knn"}],
+                "headline": "fused",
+                "seeds": 2,
+                "drawn_normals": True,
+                "controls": ["noise", "drawn_normals"],
+                "weights": {"hard": 3},
+            },
+        }
+    )
+    arms = evaluation._arms(config, store, prepared, loop)  # type: ignore[arg-type]
+    evaluation._fit_all(config, store, prepared, loop, arms, lambda done: None)  # type: ignore[arg-type]
+
+    def held(key: str) -> np.ndarray:
+        output = store.find("features", key)
+        assert output is not None
+        found = output.array("pooled")
+        assert found is not None
+        return found
+
+    by_arm: dict[str, dict[str, Any]] = {}
+    for fit in asked:
+        if fit["detector"].kind == "fused":
+            by_arm.setdefault(next(a.name for a in arms if a.features == fit["anomalies"]), fit)
+    assert sorted(by_arm) == ["drawn_normals", "kka", "noise", "zeroth"]
+    first, last = loop.features(["r0-0", "r0-1", "r0-2"]).pooled, loop.features(["r0-1", "r1-2", "r1-3"]).pooled
+    np.testing.assert_array_equal(held(by_arm["zeroth"]["anomalies"]), first)
+    np.testing.assert_array_equal(held(by_arm["kka"]["anomalies"]), last)
+    np.testing.assert_array_equal(held(by_arm["drawn_normals"]["anomalies"]), own.features.pooled[:3])
+    noise = sources.make("noise", train_set.images, 3, config.seed)
+    np.testing.assert_array_equal(held(by_arm["noise"]["anomalies"]), FakeBackbone().extract(noise, False).pooled)
+    # Drawn normals train beside the real ones where drawn anomalies do, and those that measure do not.
+    both = np.concatenate([prepared.train.pooled, own.features.pooled[TRAINED]])
+    for name in ("zeroth", "kka"):
+        np.testing.assert_array_equal(held(by_arm[name]["train"]), both)
+    for name in ("noise", "drawn_normals"):
+        np.testing.assert_array_equal(held(by_arm[name]["train"]), prepared.train.pooled)
+    assert by_arm["kka"]["weights"] == (1, 3, 1)
+    assert by_arm["zeroth"]["weights"] is None
+    kinds = [(fit["detector"].kind, fit["anomalies"] is None) for fit in asked]
+    assert kinds.count(("knn", True)) == 2, "k-NN ignores anomalies, the head needs them"
+    assert kinds.count(("fused", False)) == 2 * 4
+    assert len(kinds) == 10

@@ -5,9 +5,10 @@ This module imports neither torch nor ray, so that a configuration can be read a
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kka_ray.config.samplers import ApiSampler, Sampler, TransformersSampler, VllmSampler
 from kka_ray.config.strict import Strict
@@ -71,8 +72,26 @@ class FolderData(Strict):
     path: str = Field(description="folder of normal images, directly or under train/good")
     description: str = Field(description="what the normal images show, in a few words: 'a steel screw'")
     captions: str | None = Field(None, description="CSV with the columns file and caption; else sidecar .txt files")
+    group: str | None = Field(
+        None,
+        description="regular expression for file names below path; what its brackets match, as in 'part(\\d+)_', "
+        "names the object that is shown. Images of one either train or validate: else the threshold is one for copies",
+    )
     validation: float = Field(0.2, gt=0, lt=1)
     max_pixels: int = Field(64_000_000, gt=0, description="larger images are refused before they are decoded")
+
+    @field_validator("group")
+    @classmethod
+    def _names_a_group(cls, value: str | None) -> str | None:
+        try:
+            brackets = 1 if value is None else re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        if brackets != 1:
+            raise ValueError(
+                f"{value!r} must have one pair of brackets, around what names the object; it has {brackets}"
+            )
+        return value
 
 
 Data = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -125,8 +126,10 @@ def _write(
     with Image.open(io.BytesIO(row["image"]), formats=FORMATS) as image:
         suffix = _SUFFIXES[str(image.format)]
     kind = "good" if is_normal else str(row["class_name"])
-    # Only the last part of the source's path is used, and the row number keeps names apart.
-    stem = f"{index:05d}_{Path(str(row['source'])).stem}"
+    # Only the last part of the source's path is used, and the row number keeps names apart. The group is in the name
+    # so that who splits the training images further can keep groups together (`data.group`).
+    group = "" if row["group"] is None else re.sub(r"[^A-Za-z0-9]+", "-", str(row["group"])) + "_"
+    stem = f"{index:05d}_{group}{Path(str(row['source'])).stem}"
     _put(work / part / kind / f"{stem}{suffix}", row["image"])
     if part == "train":
         done.train_good += 1

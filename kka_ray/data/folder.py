@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from kka_ray.config.models import FolderData
 from kka_ray.data.base import DataModule, ImageSet, Normals
 from kka_ray.data.captions import fill, without_article
 from kka_ray.data.decode import TooLargeError, decode
-from kka_ray.data.splits import drop_seen, split_normals
+from kka_ray.data.splits import draw_groups, drop_seen, split_by_group, split_normals
 from kka_ray.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -92,7 +93,12 @@ class FolderModule(DataModule):
         self._note(loaded.skipped)
         self._refuse_if_none(loaded, folder)
         images = self._image_set(loaded, [GOOD] * len(loaded.files), captions_required=True)
-        return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
+        if self.config.group is None:
+            return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
+        groups = [_group(name, self.config.group) for name in images.ids]
+        count = max(1, round(self.config.validation * len(set(groups))))
+        validating = draw_groups(groups, count, self.seed, "validation")
+        return split_by_group(images, [g in validating for g in groups], str(folder), loaded.counts())
 
     def test(self) -> ImageSet | None:
         """The images of `test/good`, then those of the defects by name; None where there are no defects.
@@ -269,6 +275,12 @@ def read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
 def _memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group(name: str, pattern: str) -> str:
+    """What a file shows; one whose name does not match is by itself."""
+    found = re.search(pattern, name)
+    return f"{found[1]}" if found else f"/{name}"
 
 
 def _sidecar(image: Path) -> str:

@@ -80,7 +80,9 @@ class Calibration:
 
     def judge(self, score: np.ndarray) -> Scores:
         """Scores (N,) on the scale of normals."""
-        percentile = 100 * np.interp(score, self.quantiles, _QUANTILES)
+        # Of equal quantiles the first, as equal scores are not less.
+        steps, first = np.unique(self.quantiles, return_index=True)
+        percentile = 100 * np.interp(score, steps, _QUANTILES[first], right=1.0)
         z = self.normal(score).astype(np.float32)
         return Scores(score, z, percentile.astype(np.float32), score > self.threshold)
 

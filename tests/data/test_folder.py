@@ -267,3 +267,27 @@ def test_images_that_would_fill_the_memory_are_refused(tmp_path, write_images, m
     monkeypatch.setattr("kka_ray.data.folder._memory", lambda: 1_000)
     with pytest.raises(DataError, match=r"of its 12 images alone take .* GB, more than 50% of .* memory.*image_size"):
         open_data(config(tmp_path), 0).normals()
+
+
+def test_images_of_one_object_stay_together(tmp_path, write_images, picture):
+    for part in range(6):
+        for shot in range(3):
+            (tmp_path / f"{shot}_part{part}_front.png").write_bytes(picture(10 * part + shot))
+    (tmp_path / "other.png").write_bytes(picture(99))
+    seen = set()
+    for seed in range(6):
+        normals = open_data(config(tmp_path, group=r"_(part\d)_", validation=0.3), seed).normals()
+        assert len(normals.train) + len(normals.validation) == 19
+        parts = [
+            {name.split("_")[1] if "_" in name else name for name in s.ids} for s in (normals.train, normals.validation)
+        ]
+        assert not parts[0] & parts[1]
+        assert len(parts[1]) == 2  # of 7, by its own the file that does not match
+        seen |= parts[1]
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize(("group", "said"), [("part(", "no regular expression"), ("part", "one pair of brackets")])
+def test_a_group_must_be_named(tmp_path, group, said):
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, group=group)

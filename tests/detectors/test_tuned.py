@@ -115,3 +115,12 @@ def test_a_backbone_of_another_batch_size_is_welcome(backbone, tmp_path):
     _fit(Knn(kind="knn"), backbone).save(tmp_path)
     other = Backbone.load(BackboneConfig(model=backbone.config.model, image_size=64, batch=2))
     assert TunedDetector.load(tmp_path, other).backbone is other
+
+
+def test_scores_that_are_equal_are_not_less() -> None:
+    same = Calibration.of(np.ones(10), 0.05).judge(np.array([0.5, 1.0, 1.5]))
+    assert same.percentile.tolist() == [0, 0, 100]
+    halves = Calibration.of(np.repeat([1.0, 2.0], 50), 0.05).judge(np.array([1.0, 1.5, 2.0, 3.0]))
+    assert halves.percentile[0] == 0
+    assert halves.percentile[2] == pytest.approx(50, abs=1)
+    assert halves.percentile[3] == 100
