@@ -21,7 +21,7 @@ from kka_ray.config import load
 from kka_ray.config.models import RunConfig
 from kka_ray.data.decode import decode
 from kka_ray.detectors.tuned import TunedDetector
-from kka_ray.evaluation import UNSEEN
+from kka_ray.evaluation import KKA, UNSEEN, ZEROTH
 from kka_ray.experiment import absolute, computing
 from kka_ray.features.base import Features
 from kka_ray.files import write_json
@@ -70,15 +70,24 @@ def _anomalies(records: Path) -> list[bytes]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means by arm, and the mean over runs of each measure's rank correlation with the test AUC."""
+    """Means by arm, and the mean over runs of each measure's rank correlation with the test AUC: of all arms, and of
+    those with drawn anomalies, as the trials of a sweep have them (None where a measure is the same for all)."""
     table = pd.DataFrame(rows)
     names = ["test", *MEASURES]
     arms = table.groupby("arm")[names].mean().sort_values("test")
-    ranks = {
-        name: float(np.mean([spearmanr(run["test"], run[name])[0] for _, run in table.groupby("run")]))
-        for name in MEASURES
+    return {
+        "arms": arms.reset_index().to_dict("records"),
+        "rank_correlation": _ranks(table),
+        "rank_correlation_of_drawn": _ranks(table[table["arm"].isin([ZEROTH, KKA])]),
     }
-    return {"arms": arms.reset_index().to_dict("records"), "rank_correlation": ranks}
+
+
+def _ranks(table: pd.DataFrame) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name in MEASURES:
+        runs = [run for _, run in table.groupby("run") if run[name].nunique() > 1]
+        found[name] = float(np.mean([spearmanr(run["test"], run[name])[0] for run in runs])) if runs else None
+    return found
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kka_ray import places
-from kka_ray.report.wording import ARMS
+from kka_ray.report.wording import ARMS, cautions
 
 if TYPE_CHECKING:
     from kka_ray.cluster.estimate import Estimate
@@ -159,6 +159,8 @@ def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None
         f"loop); {summary['wall_seconds']:.0f} s",
         highlight=False,
     )
+    for caution in cautions(summary):
+        console.print(f"mind: {caution}", highlight=False, markup=False)
     console.print(f"report: {places.below(folder, 'report.html')}", highlight=False, markup=False, soft_wrap=True)
 
 

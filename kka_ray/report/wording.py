@@ -211,6 +211,12 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"The control {plain(name, ARMS).removesuffix(' (control)')} does at least as well as KKA: this run "
                 "shows no gain from what the language model knows."
             )
+    baseline = summary["auc"]["baseline"]
+    if baseline is not None and baseline["mean"] >= kka["mean"]:
+        yield (
+            "The detector that was fitted to normals only does at least as well: the drawn images do not help it here. "
+            "Another detector may make more of them (detect.headline)."
+        )
     if "drawn_normals" not in _controls(summary):
         yield (
             "No control with drawn normals was evaluated: a part of any gain may come from telling drawn images from "
