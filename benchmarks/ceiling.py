@@ -17,7 +17,7 @@ import numpy as np
 from kka_ray.config import load
 from kka_ray.config.models import RunConfig
 from kka_ray.data import flowers
-from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.evaluation import metrics, normal_views, takes
 from kka_ray.experiment import absolute, computing
 from kka_ray.features import views
@@ -98,7 +98,7 @@ def main() -> None:
         config = absolute(load(ROOT / "configs" / "demo.yaml", RunConfig, [f"seed={seed}"]))
         with computing(config.cluster.driver_threads):
             rows += measure(config, arguments.detectors, arguments.counts)
-        write_json(arguments.target, {"rows": rows})
+        write_json(arguments.target, {"made_with": {"detectors": VERSION}, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def demo(result: Mapping[str, Any]) -> str:
             f"\nFrom a line's text alone a linear model tells whether its image is hard, or rejected, with an AUC of "
             f"{auc}, and how hard it is with a rank correlation of {rank}.\n"
         )
-    return f"{head}{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
+    old = _outdated(result.get("made_with", {}), _shipped())
+    return f"{head}{old}{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
 
 
 def ceiling(result: Mapping[str, Any]) -> str:
@@ -74,13 +75,14 @@ def ceiling(result: Mapping[str, Any]) -> str:
         own = [row for row in rows if row["detector"] == detector]
         table.append([detector, *(_spread([r["auc"] for r in own if r["count"] == n]) for n in counts)])
     seeds, budget = len({row["seed"] for row in rows}), rows[0]["budget"]
-    return f"{seeds} seeds. The demo keeps {budget} images.\n\n{_table(table)}"
+    old = _outdated(result.get("made_with", {}))
+    return f"{seeds} seeds. The demo keeps {budget} images.\n{old}\n{_table(table)}"
 
 
 def real_data(result: Mapping[str, Any]) -> str:
     """A case after the other."""
     parts = []
-    shipped = {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
+    shipped = _shipped()
     for name, case in result.items():
         said = "".join(f"\nThe run warned: {w}\n" for w in case["warnings"])
         said += _outdated(case.get("made_with", {}), shipped)
@@ -96,9 +98,15 @@ def real_data(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _outdated(made_with: Mapping[str, Any], shipped: Container[str]) -> str:
-    """What has changed since a run; `shipped` are the identities of the built-in renderers."""
-    changed = ["weights of the renderer"] if made_with.get("renderer") not in shipped else []
+def _shipped() -> set[str]:
+    """Identities of the built-in renderers."""
+    return {assets.resolve(f"builtin:{name}").identity for name in assets.SHIPPED}
+
+
+def _outdated(made_with: Mapping[str, Any], shipped: Container[str] | None = None) -> str:
+    """What has changed since a measurement; `shipped` are the identities of the built-in renderers, None where none
+    drew."""
+    changed = ["weights of the renderer"] if shipped is not None and made_with.get("renderer") not in shipped else []
     changed += ["versions of the detectors"] if made_with.get("detectors") != tuned.VERSION else []
     return f"\nMeasured with earlier {' and '.join(changed)}.\n" if changed else ""
 

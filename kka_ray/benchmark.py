@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from kka_ray import assets
 from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
+from kka_ray.detectors import tuned
 from kka_ray.errors import ConfigError
 from kka_ray.evaluation import spread
 from kka_ray.experiment import run
@@ -66,6 +68,7 @@ def demo(
         summaries.append(run(named, progress, say, verbose=verbose).summary)
     result = collect(summaries)
     result["config_hash"] = config_hash(config)
+    result["made_with"] = {"renderer": assets.resolve(config.render.pipeline).identity, "detectors": tuned.VERSION}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, result)
     return result
