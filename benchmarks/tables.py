@@ -172,8 +172,9 @@ def _at_32px(rows: list[dict[str, Any]], names: Mapping[str, str]) -> str:
             f"\nSimpleNet at 32 px, fitted to normals only, has an AUC of {_spread(found)} on CIFAR-100 furniture, "
             f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'} the {_PAPER} that the paper gives "
             "for SimpleNet on CIFAR-100. The two are not one measurement. SimpleNet's published code reports the epoch "
-            "that is best on the test images, ours is scored after the last one. Of the 1,250 normals 250 validate and "
-            "are not learned from, and copies of normals are not tested on. The paper does not say which encoder its "
+            "that is best on the test images, ours is scored after the last one. The set here has half of CIFAR-100's "
+            "training pictures; of its 1,250 normals 250 validate and are not learned from, and copies of normals are "
+            "not tested on. The paper does not say which encoder its "
             "SimpleNet has at 32 px; ours is an autoencoder of the normals.\n"
         )
     return text
