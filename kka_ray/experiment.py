@@ -39,6 +39,11 @@ from kka_ray.prepare import Prepared, extract_images, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
 from kka_ray.store import Store
 
+ANOTHER_NAME = (
+    "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
+)
+"""What to do where a folder is another run's or sweep's."""
+
 _NEEDED_BYTES = 500_000_000
 
 
@@ -181,15 +186,14 @@ def writing(folder: str) -> Iterator[None]:
 
 def _check_same(place: Place, config: RunConfig) -> None:
     """Raises ConfigError unless the configuration of the run there is one that has the same results."""
-    remedy = (
-        "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
-    )
     try:
         there, ours = _deciding(absolute(load(place.here / "config.yaml", RunConfig))), _deciding(config)
     except ConfigError as error:
-        raise ConfigError(f"{place.name} holds a run that cannot be gone on with. {remedy}.\n{error}") from error
+        raise ConfigError(f"{place.name} holds a run that cannot be gone on with. {ANOTHER_NAME}.\n{error}") from error
     if differing := differences(there, ours):
-        raise ConfigError(f"{place.name} holds a run with another configuration ({', '.join(differing)}). {remedy}")
+        raise ConfigError(
+            f"{place.name} holds a run with another configuration ({', '.join(differing)}). {ANOTHER_NAME}"
+        )
 
 
 def differences(there: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

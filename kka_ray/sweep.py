@@ -35,7 +35,7 @@ from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
-from kka_ray.experiment import absolute, computing, differences, writing
+from kka_ray.experiment import ANOTHER_NAME, absolute, computing, differences, writing
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress
@@ -444,15 +444,14 @@ def _claim(place: Place, config: SweepConfig) -> None:
 
 def _check_same(place: Place, config: SweepConfig) -> None:
     """Raises ConfigError unless the sweep there tries the same points, or fewer or more of the same."""
-    remedy = (
-        "Give this one another name (-o name=NAME), or remove the folder; what both have in common stays in the store"
-    )
     try:
         there = _deciding(load(place.here / "sweep.yaml", SweepConfig))
     except ConfigError as error:
-        raise ConfigError(f"{place.name} holds a sweep that cannot be gone on with. {remedy}.\n{error}") from error
+        raise ConfigError(
+            f"{place.name} holds a sweep that cannot be gone on with. {ANOTHER_NAME}.\n{error}"
+        ) from error
     if differing := differences(there, _deciding(config)):
-        raise ConfigError(f"{place.name} holds another sweep ({', '.join(differing)}). {remedy}")
+        raise ConfigError(f"{place.name} holds another sweep ({', '.join(differing)}). {ANOTHER_NAME}")
 
 
 def _deciding(config: SweepConfig) -> dict[str, Any]:

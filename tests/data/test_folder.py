@@ -291,3 +291,14 @@ def test_images_of_one_object_stay_together(tmp_path, write_images, picture):
 def test_a_group_must_be_named(tmp_path, group, said):
     with pytest.raises(ValueError, match=said):
         config(tmp_path, group=group)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path / "train" / "good" / "batch", 12)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(DataError, match=r"good cannot be listed \(.*Permission denied"):
+        image_files(tmp_path / "train" / "good", recursive=True)
