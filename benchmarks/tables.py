@@ -137,17 +137,15 @@ def detectors(result: Mapping[str, Any]) -> str:
 
 
 def _not_measured(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Detectors without any row, and data sets that a detector has none of."""
-    sets = _distinct(rows, "data")
+    """Detectors without any row, and data sets and sources that a detector has none of."""
+    sets, sources = _distinct(rows, "data"), set(_distinct(rows, "source")) - {"none"}
     lacking = [f"`{kind}`" for kind in DETECTORS if not any(row["detector"] == kind for row in rows)]
     for detector in _distinct(rows, "detector"):
-        own = {row["data"] for row in rows if row["detector"] == detector}
-        if own != set(sets):
-            lacking.append(f"`{detector}` on {', '.join(s for s in sets if s not in own)}")
-        sources = {row["source"] for row in rows}
-        given = {row["source"] for row in rows if row["detector"] == detector} - {"none"}
-        absent = [_SOURCES.get(s, s) for s in _SOURCES if s in sources - {"none"} - given]
-        if given and absent:
+        own = [row for row in rows if row["detector"] == detector]
+        if absent := [s for s in sets if s not in _distinct(own, "data")]:
+            lacking.append(f"`{detector}` on {', '.join(absent)}")
+        given = sources & set(_distinct(own, "source"))
+        if given and (absent := [words for s, words in _SOURCES.items() if s in sources - given]):
             lacking.append(f"`{detector}` with {', '.join(absent)}")
     return f"\nNot measured: {'; '.join(lacking)}.\n" if lacking else ""
 
@@ -351,7 +349,7 @@ def _detectors(detectors: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(rows) if arms else "There are no test anomalies, hence no AUC.\n"
 
 
-def _distinct(rows: list[dict[str, Any]], name: str) -> list[str]:
+def _distinct(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 

@@ -27,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from kka_ray.errors import AssetError
+from kka_ray.files import absolute_path
 
 _MARKER = "asset.json"
 _PACKAGE = Path(__file__).parent
@@ -136,12 +137,8 @@ def is_present(reference: str) -> bool:
 
 
 def absolute(reference: str) -> str:
-    """A reference that means the same in every current folder: that of a relative folder made absolute, `~` the user's
-    own."""
-    if reference.startswith(("builtin:", "hub:")):
-        return reference
-    path = Path(reference).expanduser()
-    return str(path if path.is_absolute() else path.resolve())
+    """A reference that means the same in every current folder: that of a folder made absolute."""
+    return reference if reference.startswith(("builtin:", "hub:")) else absolute_path(reference)
 
 
 def install(name: str) -> Path:

@@ -32,7 +32,7 @@ from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
-from kka_ray.files import write_json, write_text
+from kka_ray.files import absolute_path, write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, extract_images, prepare
@@ -419,12 +419,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _from_root(path: str) -> str:
-    """A relative path made absolute, `~` the user's own folder. A URI stays, and so does an absolute path: its links
-    may lead elsewhere there."""
-    if places.is_uri(path):
-        return path
-    full = Path(path).expanduser()
-    return str(full if full.is_absolute() else full.resolve())
+    """A path made absolute; a URI stays."""
+    return path if places.is_uri(path) else absolute_path(path)
 
 
 def _check_libraries(config: RunConfig) -> None:

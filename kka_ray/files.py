@@ -7,6 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 
+def absolute_path(path: str) -> str:
+    """A path that means the same in every current folder, `~` being the user's own. An absolute one stays as it is: its
+    links may lead elsewhere on another machine."""
+    full = Path(path).expanduser()
+    return str(full if full.is_absolute() else full.resolve())
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text`. Raises OSError as the file system does."""
     temporary = path.with_name(f".{path.name}.partial")

@@ -12,6 +12,7 @@ from typing import Any
 
 from kka_ray.config.models import RunConfig
 from kka_ray.errors import ResourceError
+from kka_ray.files import absolute_path
 
 # Before MLflow is imported: a run sends nothing to anybody.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -32,11 +33,8 @@ def default_uri(output: Path) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A tracking URI, the path of a SQLite file made absolute, `~` the user's own folder."""
-    if not uri.startswith(SQLITE):
-        return uri
-    path = Path(uri.removeprefix(SQLITE)).expanduser()
-    return f"{SQLITE}{path if path.is_absolute() else path.resolve()}"
+    """A tracking URI, the path of a SQLite file made absolute."""
+    return f"{SQLITE}{absolute_path(uri.removeprefix(SQLITE))}" if uri.startswith(SQLITE) else uri
 
 
 def tracking_uri(config: RunConfig) -> str:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kka_ray.config.serve import ServeConfig
 from kka_ray.scoring import verdict
 from kka_ray.serving.access import is_authorised
-from kka_ray.serving.refusal import Refusal
+from kka_ray.serving.refusal import Refusal, unauthorised
 from kka_ray.serving.scorer import Item, Judgement, Unreadable
 from kka_ray.serving.upload import check_image, read_images
 
@@ -94,7 +94,7 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
     # A dependency runs before query and body are looked at: strangers learn nothing from validation errors.
     async def authorised(request: Request) -> None:
         if not is_authorised(request.headers.get("authorization"), token_digest):
-            raise Refusal(401, "unauthorised", "send the service's token: Authorization: Bearer TOKEN")
+            raise unauthorised()
 
     @app.post(
         "/v1/score",

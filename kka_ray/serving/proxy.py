@@ -8,17 +8,18 @@ checks both again; by itself it would come too late for bodies that wait. Ray im
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kka_ray.config.serve import ServeConfig
 from kka_ray.serving.access import VARIABLE, digest, is_authorised
+from kka_ray.serving.refusal import Refusal, too_large, unauthorised
 
 DIGEST, LIMIT = "KKA_SERVE_TOKEN_SHA256", "KKA_SERVE_MAX_TOTAL_BYTES"
 """Environment variables with what the gate holds requests against: the token's SHA-256 in hex digits, and bytes. By
@@ -66,12 +67,12 @@ class Gate:
         headers = Headers(scope=scope)
         guarded = self._expected is not None and scope["path"].startswith(_GUARDED)
         if guarded and not is_authorised(headers.get("authorization"), self._expected or b""):
-            reason = "send the service's token: Authorization: Bearer TOKEN"
-            await _refuse(send, 401, "unauthorised", reason, (b"www-authenticate", b"Bearer"))
+            await _answer(unauthorised(), {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
+        refusal = _answer(too_large(self._limit))
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
-            await self._refuse_size(send)
+            await refusal(scope, receive, send)
             return
         received, refused, begun = 0, False, False
 
@@ -82,7 +83,7 @@ class Gate:
             if received > self._limit and not refused:
                 refused = True
                 if not begun:
-                    await self._refuse_size(send)
+                    await refusal(scope, receive, send)
             # To the application the client is gone; what it still sends is not kept.
             return {"type": "http.disconnect"} if refused else message
 
@@ -94,17 +95,8 @@ class Gate:
 
         await self._app(scope, counted, answer)
 
-    async def _refuse_size(self, send: Send) -> None:
-        await _refuse(send, 413, "request_too_large", f"the request is larger than {self._limit} bytes")
 
-
-async def _refuse(send: Send, status: int, code: str, reason: str, *more: tuple[bytes, bytes]) -> None:
-    body = json.dumps({"error": code, "reason": reason, "file": None}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # the rest of the body is not wanted
-        *more,
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _answer(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A refusal as the service itself words it; the connection ends, as the rest of the body is not wanted."""
+    body = {"error": refusal.code, "reason": refusal.reason, "file": refusal.file}
+    return JSONResponse(body, refusal.status, {"Connection": "close", **(headers or {})})

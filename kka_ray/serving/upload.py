@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from kka_ray.config.serve import ServeConfig
-from kka_ray.serving.refusal import Refusal
+from kka_ray.serving.refusal import Refusal, too_large
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -82,7 +82,7 @@ def check_image(content: bytes, name: str, config: ServeConfig) -> None:
 
 def _check_total(size: int, config: ServeConfig) -> None:
     if size > config.max_total_bytes:
-        raise Refusal(413, "request_too_large", f"the request is larger than {config.max_total_bytes} bytes")
+        raise too_large(config.max_total_bytes)
 
 
 def _format(content: bytes) -> str | None:
