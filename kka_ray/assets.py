@@ -252,7 +252,18 @@ def _hub_snapshot(name: str, *, local_only: bool) -> Path:
                 repository,
                 revision=revision or None,
                 local_files_only=local_only,
-                ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"],
+                ignore_patterns=[
+                    "*.bin",
+                    "*.pt",
+                    "*.pth",
+                    "*.ckpt",
+                    "*.msgpack",
+                    "*.h5",
+                    "*.onnx",
+                    "*.onnx_data*",
+                    "*.gguf",
+                    "*.tflite",
+                ],
             )
         )
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had

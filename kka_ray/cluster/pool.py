@@ -170,6 +170,9 @@ class Pool:
                 ray.get(call)
             except RayActorError as error:
                 log.warning("%s: a worker died while it was idle: %s", self.name, str(error).splitlines()[0])
+            except RayTaskError as error:
+                log.warning("%s: a worker cannot sleep: %s", self.name, str(error).splitlines()[-1])
+                ray.kill(worker.actor)
 
     def stop(self) -> None:
         """Ends the actors, gives their places back and forgets what they were doing."""

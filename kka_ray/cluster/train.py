@@ -237,7 +237,7 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
     found = store.find("pairs", arguments["pairs"])
     if found is None:
         raise StageError(f"pairs/{arguments['pairs']} is not in the store")
-    previous = store.find("dpo", arguments["previous"]) if arguments["previous"] else None
+    previous = store.reported("dpo", arguments["previous"]) if arguments["previous"] else None
     key = stage_key("dpo", VERSION, arguments["inputs"])
     attempt, checkpoints = Attempt(store, "dpo", key), Checkpoints(store, "dpo", key)
     with tempfile.TemporaryDirectory(prefix="kka-dpo-") as temporary:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Task
 from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig, RuntimeEnv
+from kka_ray.describe.sampler import mixed
 from kka_ray.errors import StageError
 from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kka_ray.render.matching import Drawing, Matcher
     from kka_ray.render.renderer import Renderer
 
-SAMPLE_VERSION = 7
+SAMPLE_VERSION = 8
 _UNKNOWN = "unknown"
 """No adapter's key."""
 
@@ -118,10 +119,12 @@ class SamplerWorker:
         """A row a line, those of the prompts at fault included."""
         self._use(task.adapter)
         rows = []
-        for count in sorted({n for _, _, n in task.rows}):
+        for place, count in enumerate(sorted({n for _, _, n in task.rows})):
             group = [(id_, text) for id_, text, n in task.rows if n == count]
             good = [(id_, text) for id_, text in group if id_ not in task.failed]
-            written = self.engine.sample([text for _, text in good], count, task.seed) if good else []
+            # Each call numbers its prompts from 0: with one seed two groups would draw the same random numbers.
+            seed = mixed(task.seed, place) if place else task.seed
+            written = self.engine.sample([text for _, text in good], count, seed) if good else []
             lines_of = dict(zip([id_ for id_, _ in good], written, strict=True))
             for prompt_id, _ in group:
                 ids, error = line_ids(task.round, prompt_id, count), task.failed.get(prompt_id, "")

@@ -116,6 +116,12 @@ class RendererConfig(Strict):
     tracking: TrackingConfig = TrackingConfig(experiment="kka-renderers")
 
     @model_validator(mode="after")
+    def _batch_is_shared_out(self) -> RendererConfig:
+        if self.training.batch % self.workers:
+            raise ValueError(f"training.batch ({self.training.batch}) must be a multiple of workers ({self.workers})")
+        return self
+
+    @model_validator(mode="after")
     def _a_teacher_is_there(self) -> RendererConfig:
         if self.distil is not None and self.start is None:
             raise ValueError("distil needs a renderer to learn from: set start")

@@ -133,10 +133,16 @@ class ApiEngine:
         """The choices of an answer, in their order. Raises StageError for one that is not as it should be."""
         answer = self._send({"model": self.engine.model, **body})
         choices, usage = answer.get("choices"), answer.get("usage")
-        if not isinstance(choices, list) or len(choices) != count or not isinstance(usage, dict):
+        if (
+            not isinstance(choices, list)
+            or len(choices) != count
+            or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in choices)
+            or not isinstance(usage, dict)
+        ):
             raise StageError(
-                f"{self.engine.base_url} answered without `usage` or with another number of `choices` than the {count} "
-                "that were asked for: it is no OpenAI-compatible completions API"
+                f"{self.engine.base_url} answered without `usage`, without a `text` in each of its `choices`, or with "
+                f"another number of them than the {count} that were asked for: it is no OpenAI-compatible completions "
+                "API (one of chats has another address)"
             )
         with self._lock:
             for name in ("prompt_tokens", "completion_tokens"):
@@ -159,7 +165,7 @@ class ApiEngine:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.is_success:
-                    return dict(response.json())
+                    return _answer(url, response)
                 trouble = f"HTTP {response.status_code}: {response.text[:300]}"
                 if response.status_code in _OF_THE_PROMPT:
                     raise RefusedPromptError(f"{url} refused a prompt: {trouble}")
@@ -184,6 +190,16 @@ def cost(usage: dict[str, int], sampler: ApiSampler) -> float:
     """Price of the tokens of a usage, in the currency of the configured prices."""
     prompt = usage.get("prompt_tokens", 0) * sampler.prompt_price
     return (prompt + usage.get("completion_tokens", 0) * sampler.completion_price) / 1e6
+
+
+def _answer(url: str, response: httpx2.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise StageError(f"{url} answered with what is no JSON: {response.text[:100]!r}") from error
+    if not isinstance(answer, dict):
+        raise StageError(f"{url} answered with a JSON that is no object: {response.text[:100]!r}")
+    return answer
 
 
 def _pause(attempt: int, asked: str | None) -> float:

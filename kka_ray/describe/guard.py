@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -213,12 +213,12 @@ class Guard:
         return self.config.normal_vocabulary and not (set(content_words(text)) - self._vocabulary)
 
     def _names_normal_class(self, text: str) -> bool:
-        words = subject(text)
+        words = subject(text, self._terms)
         if not words:
             return False
-        head = words[-1]
-        if head in self._terms or " ".join(words[-2:]) in self._terms:
+        if _ends_in(words, self._terms):
             return True
+        head = words[-1]
         if self.config.subject_similarity >= 1:
             return False
         return float((self._encoder.embed([head]) @ self._term_vectors.T).max()) >= self.config.subject_similarity
@@ -254,19 +254,34 @@ def content_words(text: str) -> list[str]:
     return [_singular(w) for w in _WORD.findall(text.lower()) if w not in _FUNCTION_WORDS]
 
 
-def subject(text: str) -> list[str]:
-    """Words of the line's subject: its first noun phrase, in the singular, without 'a photo of' and 'a pair of'."""
+def subject(text: str, terms: Collection[str] = ()) -> list[str]:
+    """Words of the line's subject: its first noun phrase, in the singular, without 'a photo of' and 'a pair of'.
+
+    `terms` are nouns that are known, in the singular: one of them ends the phrase before `and`, a comma or a participle
+    ("four tennis courts arranged neatly"), before which other words go on ("a red, soft couch").
+    """
     text = _OPENING.sub("", _PICTURE.sub("", text.strip().lower()))
     text = _COUNTING.sub("", text)
     words: list[str] = []
-    for part in re.split(r"([^\w\s'-]+)", text, maxsplit=1)[0].split():
-        if words and part in _RELATIONS:
+    parts = re.findall(r"[\w'-]+|[^\w\s'-]+", text)
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        if words and part in ("and", ",") and following and following not in _FUNCTION_WORDS | _RELATIONS:
+            if _ends_in(words, terms):
+                break
+            continue
+        if words and (part in _RELATIONS or not _WORD.match(part)):
             break
         if words and part.endswith("ing") and len(part) > 5:
             break
-        if part not in _FUNCTION_WORDS:
+        if words and part.endswith(("ed", "ly")) and _ends_in(words, terms):
+            break
+        if part not in _FUNCTION_WORDS and _WORD.match(part):
             words.append(_singular(part))
     return words
+
+
+def _ends_in(words: Sequence[str], terms: Collection[str]) -> bool:
+    return any(" ".join(words[i:]) in terms for i in range(len(words)))
 
 
 def _singular(word: str) -> str:

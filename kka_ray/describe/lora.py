@@ -15,8 +15,9 @@ from kka_ray.errors import StageError
 def merged_weights(folder: Path, base: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
     """(name, base weight + scale x B A) of every weight that an adapter in PEFT's format changes.
 
-    `base(name)` is the weight (out, in) of the raw base model, None if it has none of that name. The sum is worked out
-    in float32 and rounded to the base weight's dtype. Raises StageError if the adapter does not fit the model.
+    `base(name)` is the weight of the raw base model, (out, in), or (in, out) where the adapter says `fan_in_fan_out`;
+    None if it has none of that name. The sum is worked out in float32 and rounded to the base weight's dtype. Raises
+    StageError if the adapter does not fit the model.
     """
     config = LoraConfig.from_pretrained(str(folder))
     scale = config.lora_alpha / config.r
@@ -30,4 +31,11 @@ def merged_weights(folder: Path, base: Callable[[str], Tensor | None]) -> Iterat
         if raw is None:
             raise StageError(f"the adapter {folder} changes {name}, which this model does not have")
         delta = scale * (adapter[key.replace(".lora_A.", ".lora_B.")].float() @ adapter[key].float())
+        if config.fan_in_fan_out:
+            delta = delta.T
+        if delta.shape != raw.shape:
+            raise StageError(
+                f"the adapter {folder} changes {name} by a matrix of {tuple(delta.shape)}, and here it is one of "
+                f"{tuple(raw.shape)}"
+            )
         yield name, (raw.float() + delta.to(raw.device)).to(raw.dtype)

@@ -30,7 +30,7 @@ from kka_ray.features.pixels import resize_all
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_MAPS = 2
+_MAPS = 3
 """Raised when other maps or tokens of a transformers network are taken."""
 _CPU_BATCH = 16
 """On a CPU maps of more images than this leave the cache: EfficientNet-Lite0 at 96 px is then a third slower."""
@@ -152,7 +152,7 @@ class _Transformers(_Encoder):
         from transformers import AutoModel
 
         try:
-            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True)
+            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise AssetError(
                 f"{reference} cannot be read as a transformers model with safetensors weights: {error}"

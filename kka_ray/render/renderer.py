@@ -71,6 +71,8 @@ class Renderer:
             pipeline = _for_mode(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
+        if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+            pipeline.vae.enable_slicing()  # one image at a time: at 1024 px the decoder takes gigabytes for each
         identity = f"{model.identity}/{type(pipeline).__name__}/{dtype}"
         if built_in:
             pipeline.autocast_dtype = dtype
