@@ -218,10 +218,9 @@ class Guard:
             return False
         if _ends_in(words, self._terms):
             return True
-        head = words[-1]
         if self.config.subject_similarity >= 1:
             return False
-        return float((self._encoder.embed([head]) @ self._term_vectors.T).max()) >= self.config.subject_similarity
+        return float((self._encoder.embed([words[-1]]) @ self._term_vectors.T).max()) >= self.config.subject_similarity
 
 
 def clean(raw: str) -> str:
@@ -265,9 +264,8 @@ def subject(text: str, terms: Collection[str] = ()) -> list[str]:
     words: list[str] = []
     parts = re.findall(r"[\w'-]+|[^\w\s'-]+", text)
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
-        if words and part in ("and", ",") and following and following not in _FUNCTION_WORDS | _RELATIONS:
-            if _ends_in(words, terms):
-                break
+        goes_on = following and following not in _FUNCTION_WORDS | _RELATIONS
+        if words and part in ("and", ",") and goes_on and not _ends_in(words, terms):
             continue
         if words and (part in _RELATIONS or not _WORD.match(part)):
             break

@@ -93,10 +93,9 @@ def test_a_prompt_that_is_refused_is_an_error_of_its_chunk_and_not_of_the_run(se
     assert sum(body["prompt"] == "bad" for body in service.asked) == 1
 
 
-CHAT = {"choices": [{"message": {"content": "x"}}], "usage": {}}
-
-
-@pytest.mark.parametrize("body", [{"choices": []}, {"choices": [], "usage": {}}, {"id": 3}, CHAT])
+@pytest.mark.parametrize(
+    "body", [{"choices": []}, {"choices": [], "usage": {}}, {"id": 3}, {"choices": [{"message": {}}], "usage": {}}]
+)
 def test_an_answer_of_another_kind_is_refused(service: Service, body: dict[str, Any]) -> None:
     service.body = body
     with pytest.raises(StageError, match="no OpenAI-compatible completions API"):

@@ -117,12 +117,11 @@ def test_clean_takes_the_first_line_without_marks() -> None:
     ("line", "words"),
     [
         ("a red, soft couch in a room", ["red", "soft", "couch"]),
-        ("two red and blue chairs in a room", ["red", "blue", "chair"]),
-        ("four tennis courts arranged neatly with some plants around", ["tennis", "court"]),
+        ("two red and blue chairs in a room", ["two", "red", "blue", "chair"]),
+        ("four tennis courts arranged neatly with some plants around", ["four", "tennis", "court"]),
         ("a chair, a lamp and a cat", ["chair"]),
         ("a table lamp on a desk", ["table", "lamp"]),
     ],
 )
 def test_the_subject_goes_on_after_adjectives_and_ends_with_a_term(line: str, words: list[str]) -> None:
-    found = subject(line, {"couch", "chair", "tennis court", "table"})
-    assert found[-len(words) :] == words
+    assert subject(line, {"couch", "chair", "tennis court", "table"}) == words
