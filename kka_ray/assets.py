@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from kka_ray.errors import AssetError
 from kka_ray.files import absolute_path
@@ -241,33 +242,39 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+_NOT_FETCHED = [
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"),
+    *("*.onnx", "*.onnx_data*", "*.gguf", "*.tflite"),
+]
+"""Weights in formats other than safetensors: they are not even downloaded."""
+
+
 def _hub_snapshot(name: str, *, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
+    wanted: dict[str, Any] = {"revision": revision or None, "local_files_only": local_only}
     try:
-        # Weights in any format but safetensors are not even downloaded.
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                local_files_only=local_only,
-                ignore_patterns=[
-                    "*.bin",
-                    "*.pt",
-                    "*.pth",
-                    "*.ckpt",
-                    "*.msgpack",
-                    "*.h5",
-                    "*.onnx",
-                    "*.onnx_data*",
-                    "*.gguf",
-                    "*.tflite",
-                ],
-            )
-        )
+        parts = _pipeline_parts(repository, wanted)
+        return Path(snapshot_download(repository, allow_patterns=parts, ignore_patterns=_NOT_FETCHED, **wanted))
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         raise AssetError(
             f"hub model {repository!r} cannot be had: {error}\nCheck the name, the network and `hf auth login`, "
             "or name a local folder instead"
         ) from error
+
+
+def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:
+    """Patterns of the files of a diffusers pipeline, beside which repositories hold all weights again in one file.
+
+    None for other models.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = json.loads(Path(hf_hub_download(repository, "model_index.json", **wanted)).read_text())
+    except EntryNotFoundError:
+        return None
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    return ["model_index.json", "*.py", *(f"{part}/*" for part in parts)]

@@ -213,8 +213,8 @@ class Store:
         found = self.find(stage, key)
         if found is None:
             raise StoreError(
-                f"{stage}/{key} was made by a worker but is not in the store {self.uri} as it is seen from here; name "
-                "storage that all nodes share, as in -o store.uri=s3://BUCKET/kka or a mounted folder"
+                f"{stage}/{key} was made by another process but is not in the store {self.uri} as it is seen from "
+                "here; name storage that all nodes share, as in -o store.uri=s3://BUCKET/kka or a mounted folder"
             )
         return found
 

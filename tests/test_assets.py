@@ -1,6 +1,8 @@
+import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 
 from kka_ray import assets
 
@@ -10,3 +12,38 @@ def test_a_relative_folder_is_made_absolute_and_nothing_else(tmp_path: Path, mon
     assert assets.absolute("models/qwen") == str(tmp_path / "models" / "qwen")
     for reference in ("builtin:natural", "hub:org/name@main", "/models/qwen"):
         assert assets.absolute(reference) == reference
+
+
+@pytest.mark.parametrize(
+    ("index", "patterns"),
+    [
+        (None, None),
+        (
+            {"_class_name": "P", "unet": ["diffusers", "U"], "safety_checker": [None, None], "force_zeros": True},
+            ["model_index.json", "*.py", "unet/*"],
+        ),
+    ],
+)
+def test_of_a_pipeline_on_the_hub_its_parts_are_fetched_and_of_another_model_all_safetensors(
+    index: dict[str, object] | None, patterns: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a fake: there is none to be reached in a test."""
+    asked = []
+
+    def file(repository: str, name: str, **options: object) -> str:
+        assert (repository, options) == ("org/name", {"revision": "v1", "local_files_only": False})
+        if index is None:
+            raise EntryNotFoundError("no such file")
+        (tmp_path / name).write_text(json.dumps(index))
+        return str(tmp_path / name)
+
+    def snapshot(repository: str, **options: object) -> str:
+        asked.append((repository, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert assets._hub_snapshot("org/name@v1", local_only=False) == tmp_path
+    ((repository, options),) = asked
+    assert (repository, options["revision"], options["allow_patterns"]) == ("org/name", "v1", patterns)
+    assert {"*.bin", "*.ckpt"} <= set(options["ignore_patterns"])

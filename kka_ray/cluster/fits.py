@@ -20,7 +20,6 @@ from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.train import rank
 from kka_ray.detectors.training import Training
 from kka_ray.detectors.tuned import VERSION, TunedDetector
-from kka_ray.errors import StageError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.cache import read_features
@@ -144,7 +143,4 @@ class Fitter:
     def _features(self, key: str | None) -> Any:
         if key is None:
             return None
-        output = self._store.find("features", key)
-        if output is None:
-            raise StageError(f"features/{key} is not in the store")
-        return read_features(output, patches=self._arguments["patches"])
+        return read_features(self._store.reported("features", key), patches=self._arguments["patches"])

@@ -228,13 +228,24 @@ class _Track:
             run = tracking.start_run(self._uri, config.tracking.experiment, config.name, values)
             write_text(known, run)
         self._run = known.read_text()
+        self._begun = False
 
     def metrics(self, row: dict[str, float]) -> None:
         """Adds a row to the log; `step` is one of its values."""
+        if not self._begun:
+            self._drop_rows_from(row["step"])
+            self._begun = True
         with (self.folder / _LOG).open("a") as log:
             log.write(json.dumps(row) + "\n")
         with tracking.unless_unreachable():
             tracking.log_metrics(self._uri, self._run, row, int(row["step"]))
+
+    def _drop_rows_from(self, step: float) -> None:
+        """Leaves out what a training wrote that got further than its last checkpoint, and half a line at its end."""
+        log = self.folder / _LOG
+        if log.is_file():
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_text(log, "".join(line for line in lines if json.loads(line)["step"] < step))
 
     def picture(self, picture: Image, step: int) -> None:
         """Keeps a grid of samples."""

@@ -234,16 +234,14 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(arguments["threads"])
     number, workers = rank()
     store = Store(arguments["store"])
-    found = store.find("pairs", arguments["pairs"])
-    if found is None:
-        raise StageError(f"pairs/{arguments['pairs']} is not in the store")
+    pairs = store.reported("pairs", arguments["pairs"])
     previous = store.reported("dpo", arguments["previous"]) if arguments["previous"] else None
     key = stage_key("dpo", VERSION, arguments["inputs"])
     attempt, checkpoints = Attempt(store, "dpo", key), Checkpoints(store, "dpo", key)
     with tempfile.TemporaryDirectory(prefix="kka-dpo-") as temporary:
         work = Path(temporary)
         result = train_dpo(
-            from_table(PreferencePair, found.table()),
+            from_table(PreferencePair, pairs.table()),
             arguments["model"],
             previous.local / "adapter" if previous else None,
             arguments["config"],

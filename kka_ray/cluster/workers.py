@@ -20,7 +20,6 @@ from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Task
 from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig, RuntimeEnv
 from kka_ray.describe.sampler import mixed
-from kka_ray.errors import StageError
 from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from kka_ray.render.matching import Drawing, Matcher
     from kka_ray.render.renderer import Renderer
 
-SAMPLE_VERSION = 8
+SAMPLE_VERSION = 9
 _UNKNOWN = "unknown"
 """No adapter's key."""
 
@@ -240,12 +239,7 @@ def line_ids(round: int, prompt_id: str, count: int) -> list[str]:
 
 
 def _adapter_folder(store: Store, key: str | None) -> Path | None:
-    if key is None:
-        return None
-    output = store.find("dpo", key)
-    if output is None:
-        raise StageError(f"adapter dpo/{key} is not in the store {store.uri}")
-    return output.local / "adapter"
+    return None if key is None else store.reported("dpo", key).local / "adapter"
 
 
 def start(cls: type, pool: PoolConfig, device: str, group: Any, *arguments: Any) -> Any:

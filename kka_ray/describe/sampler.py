@@ -19,7 +19,10 @@ class Sampler(Protocol):
         """Makes the policy that of a LoRA adapter on the raw base model; None is the base model itself."""
 
     def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:
-        """`count` completions for each prompt, up to and with the line's end where one was written."""
+        """`count` completions for each prompt, up to and with the line's end, which the end of the text is as well.
+
+        One without it was cut off by the token limit.
+        """
 
     def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
         """For each pair, the natural-log probability of each token of the completion under the present policy."""

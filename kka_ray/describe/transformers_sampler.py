@@ -39,6 +39,7 @@ class TransformersEngine:
         )
         self.model.eval().requires_grad_(False).to(self.device)
         self._raw: dict[str, Tensor] = {}
+        self._eos = self._text_ends()
         self._ends = self._line_ends()
 
     def load_adapter(self, folder: Path | None) -> None:
@@ -66,16 +67,23 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:
-        """`count` completions for each prompt, in batches of whole prompts of about the same length."""
-        per_batch = max(1, self.batch // count)
+        """`count` completions for each prompt, in batches of whole prompts of about the same length.
+
+        More completions of one prompt than `batch` are drawn in several batches.
+        """
+        at_once = min(count, self.batch)
+        per_batch = self.batch // at_once
         lengths = [len(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         out: list[list[str]] = [[] for _ in prompts]
         for start in range(0, len(prompts), per_batch):
             part = order[start : start + per_batch]
             generator = torch.Generator().manual_seed(mixed(seed, start))
-            for i, lines in zip(part, self._sample_batch([prompts[i] for i in part], count, generator), strict=True):
-                out[i] = lines
+            for first in range(0, count, at_once):
+                texts = [prompts[i] for i in part]
+                batch = self._sample_batch(texts, min(at_once, count - first), generator)
+                for i, lines in zip(part, batch, strict=True):
+                    out[i] += lines
         return out
 
     def _sample_batch(self, prompts: list[str], count: int, generator: torch.Generator) -> list[list[str]]:
@@ -116,6 +124,8 @@ class TransformersEngine:
                 tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
             ).logits[:, -1]
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        # The end of the text is the end of its line.
+        texts = [text + "\n" * (row[-1] in self._eos) for text, row in zip(texts, written, strict=True)]
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     @torch.inference_mode()
@@ -154,13 +164,18 @@ class TransformersEngine:
         logits = torch.cat([first.expand(count, -1, -1), logits[:, :-1]], 1).float()
         return (logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)).tolist()
 
+    def _text_ends(self) -> set[int]:
+        """Tokens that end a text, of which chat models have several."""
+        of_model = self.model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
+
     def _line_ends(self) -> Tensor:
-        """Bool (vocabulary,): tokens that end a line, and the end-of-text token."""
+        """Bool (vocabulary,): tokens that end a line or the text."""
         size = self.model.config.vocab_size
         texts = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         ends = torch.zeros(size, dtype=torch.bool)
         ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
-        ends[self.tokenizer.eos_token_id] = True
+        ends[list(self._eos)] = True
         return ends.to(self.device)
 
 

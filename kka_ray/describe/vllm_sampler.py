@@ -121,7 +121,7 @@ class VllmEngine:
             for line in range(len(requests))
         ]
         outputs = self._generate(requests, params)
-        texts = [output.outputs[0].text for output in outputs]
+        texts = [_line(output.outputs[0]) for output in outputs]
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def log_probs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
@@ -198,6 +198,12 @@ class VllmEngine:
                 f"({self.engine.max_model_len}): raise it, or lower describe.examples"
             )
         return ids
+
+
+def _line(completion: Any) -> str:
+    """The text written, with its end; the end of the text is the end of its line."""
+    ended = completion.finish_reason == "stop" and not completion.text.endswith("\n")
+    return str(completion.text) + "\n" * ended
 
 
 def _linear_layers(path: Path, trust_remote_code: bool) -> list[str]:

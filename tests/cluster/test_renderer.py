@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
-from kka_ray.cluster.renderer import _data, _identity, train_renderer
+from kka_ray.cluster.renderer import _data, _identity, _Track, train_renderer
 from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import RendererConfig
@@ -95,6 +95,23 @@ def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> No
     train_renderer(load(tmp_path / "tiny.yaml", RendererConfig, overrides), lambda _: None)
     assert seen[0].data == str(tmp_path / "images")
     assert seen[0].tracking.uri == f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}"
+
+
+def test_the_log_of_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
+    """It goes on from its last checkpoint, and may have got further than that."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    config, log = load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path / "training.jsonl"
+    killed = _Track(config, tmp_path)
+    for step in (50, 100, 150):
+        killed.metrics({"step": step, "loss": 1.0})
+    with log.open("a") as stream:
+        stream.write('{"step": 20')  # half a line
+    again = _Track(config, tmp_path)
+    for step in (100, 150):
+        again.metrics({"step": step, "loss": 2.0})
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert rows == [{"step": 50, "loss": 1.0}, {"step": 100, "loss": 2.0}, {"step": 150, "loss": 2.0}]
 
 
 def test_too_few_images_are_refused_before_the_training(tmp_path: Path) -> None:

@@ -55,3 +55,26 @@ def test_log_probabilities_are_those_of_one_plain_forward_pass() -> None:
     short, found = sampler.log_probs([PROMPTS[0]] * 2, [" a\n", line])
     assert found == pytest.approx(wanted, abs=1e-3)
     assert len(short) < len(found)
+
+
+def test_lines_of_one_prompt_that_are_more_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, sizes = engine(), []
+    draw = sampler._sample_batch
+
+    def noted(prompts: list[str], count: int, generator: torch.Generator) -> list[list[str]]:
+        sizes.append(len(prompts) * count)
+        return draw(prompts, count, generator)
+
+    monkeypatch.setattr(sampler, "_sample_batch", noted)
+    lines = sampler.sample(PROMPTS[:2], 10, seed=1)
+    assert [len(of_prompt) for of_prompt in lines] == [10, 10]
+    assert sizes == [4, 4, 2] * 2  # no more at once than `batch`
+    assert len(set(lines[1])) > 5  # each batch draws with numbers of its own
+
+
+def test_the_end_of_the_text_ends_the_line() -> None:
+    answer = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\nYes"
+    (lines,) = engine(temperature=1e-4).sample([answer], 1, seed=0)
+    assert lines == [".\n"]
+    (cut_off,) = engine(temperature=1e-4).sample(PROMPTS[2:], 1, seed=0)
+    assert not cut_off[0].endswith("\n")

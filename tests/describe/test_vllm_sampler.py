@@ -153,3 +153,10 @@ def test_nothing_outside_the_machine_can_reach_it(engine: EngineProcess) -> None
 def test_a_prompt_that_is_too_long_is_named(engine: EngineProcess) -> None:
     with pytest.raises(StageError, match=r"max_model_len \(256\)"):
         engine.sample(["a flower " * 300], 1, 0)
+
+
+def test_the_end_of_the_text_ends_the_line(engine: EngineProcess) -> None:
+    answer = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\nYes"
+    (lines,) = engine.sample([answer], 8, 0)
+    assert ".\n" in lines
+    assert "." not in lines
