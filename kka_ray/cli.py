@@ -236,7 +236,10 @@ def gc(
     store: Annotated[str | None, typer.Option(help="the store's URI; by default OUTPUT/store")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="delete what no run refers to")] = False,
 ) -> None:
-    """Lists what the store holds, and drops what no run refers to."""
+    """Lists what the store holds, and drops what no run refers to.
+
+    Only the runs and sweeps in OUTPUT are known: where others share the store, what they alone need counts as not needed.
+    """
     from kka_ray.housekeeping import collect, show_store
     from kka_ray.places import below
 
