@@ -238,7 +238,7 @@ def gc(
 ) -> None:
     """Lists what the store holds, and drops what no run refers to.
 
-    Only the runs and sweeps in OUTPUT are known: where others share the store, what they alone need counts as not needed.
+    Only the runs and sweeps in OUTPUT are known: what others that share the store need counts as not needed.
     """
     from kka_ray.housekeeping import collect, show_store
     from kka_ray.places import below
