@@ -277,4 +277,11 @@ def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None
     except EntryNotFoundError:
         return None
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    return ["model_index.json", "*.py", *(f"{part}/*" for part in parts)]
+    # Renderers of `kka renderer train` have two small files of their own beside their parts.
+    return [
+        "model_index.json",
+        "*.py",
+        "matcher.safetensors",
+        "reference.safetensors",
+        *(f"{part}/*" for part in parts),
+    ]

@@ -20,7 +20,7 @@ def test_a_relative_folder_is_made_absolute_and_nothing_else(tmp_path: Path, mon
         (None, None),
         (
             {"_class_name": "P", "unet": ["diffusers", "U"], "safety_checker": [None, None], "force_zeros": True},
-            ["model_index.json", "*.py", "unet/*"],
+            ["model_index.json", "*.py", "matcher.safetensors", "reference.safetensors", "unet/*"],
         ),
     ],
 )
