@@ -205,6 +205,14 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
         return
     if len(kka["per_seed"]) == 1:
         yield "Only one seed was run, so nothing is known of the spread: small differences may be chance."
+    elif len(set(kka["per_seed"])) == 1:
+        yield "Every fit gives the same figure, so nothing is known of the spread: small differences may be chance."
+    for name, control in _controls(summary).items():
+        if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"]:
+            yield (
+                f"The control {plain(name, ARMS).removesuffix(' (control)')} has KKA's very figures, seed by seed: the "
+                "images had no part in them, and what differs from normals only is not their doing."
+            )
     for name, control in _controls(summary).items():
         if control["mean"] >= kka["mean"]:
             yield (

@@ -191,6 +191,21 @@ def test_says_what_there_is_not(write_fake_run, options, sentences):
     assert "nan" not in re.findall(r"\w+", page.text.lower())
 
 
+def test_says_where_the_images_had_no_part_in_the_figures(write_fake_run):
+    folder, summary = write_fake_run()
+    caution = "has KKA's very figures, seed by seed"
+    assert caution not in render(folder).text
+    kka = summary["detectors"][summary["detector"]]["kka"]
+    summary["detectors"][summary["detector"]]["noise"] = kka
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = render(folder)
+    assert f"The control noise {caution}" in page.text
+    assert "Every fit gives the same figure" not in page.text
+    summary["auc"]["kka"]["per_seed"] = kka["per_seed"][:1] * len(kka["per_seed"])
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "Every fit gives the same figure" in render(folder).text
+
+
 def test_without_test_anomalies_shows_threshold_and_normals_to_review(write_fake_run):
     folder, _ = write_fake_run(anomalies=False)
     page = render(folder)
