@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,7 +84,7 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
                 "Run the command again"
             )
         inside = _is_inside(store, output)
-        runs = dict(_runs(place.here, Path(store.root).resolve() if store.is_local else None))
+        runs = _runs(place.here, store)
     if (delete or places.is_uri(output)) and not runs and not inside:
         raise DataError(
             f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
@@ -91,6 +92,12 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
         )
     entries = _outputs(store, runs) + _attempts(store)
     if delete:
+        with places.opened(output, *_OF_RUNS) as place:
+            if place.vanished or _runs(place.here, store) != runs:
+                raise DataError(
+                    f"a run in {output} began or ended while the store was being read, and nothing was deleted. "
+                    "Run the command again"
+                )
         for entry in entries:
             if entry.state == "unused":
                 store.remove(entry.stage, entry.key)
@@ -156,13 +163,29 @@ def _totals(entries: Sequence[Entry]) -> list[str]:
     return [str(outputs), megabytes(sum(e.size for e in entries)), *(_count(entries, state) for state in states)]
 
 
-def _runs(output: Path, store: Path | None) -> Iterator[tuple[str, set[tuple[str, str]] | None]]:
-    """Each run's name with the (stage, key) it refers to, None if it is not finished."""
-    folders = {file.parent for name in _OF_RUNS for file in output.rglob(name)}
-    for folder in sorted(folders):
-        if store is not None and folder.resolve().is_relative_to(store):
+def _runs(output: Path, store: Store) -> dict[str, set[tuple[str, str]] | None]:
+    """Each run's name with the (stage, key) it refers to, None if it is not finished.
+
+    A run whose folder was moved elsewhere and linked from here is one as well.
+    """
+    inside = Path(store.root).resolve() if store.is_local else None
+    found: dict[str, set[tuple[str, str]] | None] = {}
+    seen: set[Path] = set()
+    for name, folders, files in os.walk(output, onerror=_unless_gone, followlinks=True):
+        folder, real = Path(name), Path(name).resolve()
+        if real in seen or (inside is not None and real.is_relative_to(inside)):
+            folders.clear()
             continue
-        yield folder.relative_to(output).as_posix(), _references(folder / "references.json")
+        seen.add(real)
+        folders.sort()
+        if not set(_OF_RUNS).isdisjoint(files):
+            found[folder.relative_to(output).as_posix()] = _references(folder / "references.json")
+    return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise DataError(f"cannot read {error.filename}: {error.strerror}. A run in it would not be seen") from error
 
 
 def _references(file: Path) -> set[tuple[str, str]] | None:

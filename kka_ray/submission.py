@@ -34,6 +34,7 @@ EXCLUDES = (
     "/data/",
     "/runs/",
     "/renderers/",
+    "/scores/",
     "/.venv/",
     "/.venv-*/",
     "/.git/",
@@ -41,8 +42,11 @@ EXCLUDES = (
     "/dist/",
     "__pycache__/",
     ".*_cache/",
+    ".env",
+    "*.token",
 )
-"""What of the repository is not uploaded, as in .gitignore. `/data/` has its slash: `kka_ray/data` is source."""
+"""What of the repository is not uploaded: what is large, made again or may hold secrets. Folders of models are, for a
+run may name one. `/data/` has its slash: `kka_ray/data` is source."""
 
 VERBS = ("run", "sweep")
 _WRITTEN = {
@@ -81,14 +85,16 @@ def submit_and_follow(
     headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
     entrypoint = entry(wanted, here=_is_here(address, headers))
     environment = runtime_env(wanted, os.environ, token=bool(headers))
-    if client is None:
-        client = _client(address, headers)
-    job = client.submit_job(
-        entrypoint=entrypoint,
-        submission_id=f"kka-{wanted.verb}-{uuid.uuid4().hex[:12]}",
-        runtime_env=environment,
-        metadata={"kka": f"{wanted.verb} {wanted.config.name}"},
-    )
+    try:
+        client = client or _client(address, headers)
+        job = client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=f"kka-{wanted.verb}-{uuid.uuid4().hex[:12]}",
+            runtime_env=environment,
+            metadata={"kka": f"{wanted.verb} {wanted.config.name}"},
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # refused, too large, or another version
+        raise ResourceError(f"{address} did not take the job: {error}") from error
     console.print(f"submitted {job} to {address}", highlight=False, soft_wrap=True)
     ray = "RAY_AUTH_MODE=token ray" if headers else "ray"
     further = (

@@ -114,6 +114,30 @@ def test_a_sweep_in_progress_holds_every_output(store, tmp_path):
     assert set(_states(collect(tmp_path / "runs", store.uri, delete=True)).values()) == {"used"}
 
 
+def test_a_run_that_was_moved_away_and_linked_holds_its_outputs(store, tmp_path):
+    key = _make(store, "fit", {"n": 1})
+    _run(tmp_path / "elsewhere", "demo", None)
+    (tmp_path / "elsewhere" / "demo" / "back").symlink_to(tmp_path / "runs")  # a circle
+    (tmp_path / "runs" / "demo").symlink_to(tmp_path / "elsewhere" / "demo")
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert [(e.state, e.runs) for e in inventory.entries] == [("held", ("demo",))]
+    assert store.find("fit", key)
+
+
+def test_nothing_is_deleted_if_a_run_began_while_the_store_was_read(store, tmp_path, monkeypatch):
+    key = _make(store, "fit", {"n": 1})
+    size = Store.size
+
+    def begins(self: Store, stage: str, key: str) -> int:
+        _run(tmp_path / "runs", "new", None)
+        return size(self, stage, key)
+
+    monkeypatch.setattr(Store, "size", begins)
+    with pytest.raises(DataError, match="began or ended"):
+        collect(tmp_path / "runs", store.uri, delete=True)
+    assert store.find("fit", key)
+
+
 def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
     key = _make(store, "fit", {"n": 1})
     _run(tmp_path / "runs", "demo", [["fit", key]])

@@ -253,6 +253,8 @@ def test_data_and_runs_are_left_out_of_the_upload_and_the_package_of_that_name_i
     excluded = _get_excludes(ROOT, list(submission.EXCLUDES))
     for name in ("data/x.parquet", "runs/demo/summary.json", ".git/HEAD", ".venv/bin/ray", "kka_ray/__pycache__/a.pyc"):
         assert excluded(ROOT / name), name
+    for name in ("scores/a.csv", ".env", "serve/.env", "demo.token", "serve/demo.token"):
+        assert excluded(ROOT / name), name
     for name in ("kka_ray/data/base.py", "kka_ray/cli.py", "jobs/entry.py", "configs/demo.yaml", "tests/data/x.py"):
         assert not excluded(ROOT / name), name
 
@@ -306,6 +308,19 @@ def test_the_log_is_printed_and_success_is_status_0(send: Callable[[FakeClient],
     assert "one\n[two]\nthree\n" in said(console)
     assert TOKEN not in said(console) + json.dumps(client.submitted)
     assert client.submitted["runtime_env"]["env_vars"]["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_job_that_is_not_taken_is_an_error(
+    send: Callable[[FakeClient], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient("")
+
+    def refuse(**_: Any) -> str:
+        raise ValueError("the package is larger than 500 MiB")
+
+    monkeypatch.setattr(client, "submit_job", refuse)
+    with pytest.raises(ResourceError, match="did not take the job: the package is larger"):
+        send(client)
 
 
 def test_a_lost_connection_goes_on_where_it_broke_off(send: Callable[[FakeClient], int], console: Console) -> None:

@@ -55,6 +55,8 @@ def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must name one file, as in `extends: demo.yaml`; it is {base!r}")
     return merge(read(path.parent / base, (*_seen, path)), values)
 
 

@@ -204,3 +204,10 @@ def test_seeds_that_a_library_would_refuse_later_are_refused(tmp_path: Path, see
     with pytest.raises(ConfigError, match="seed"):
         load(file, RunConfig, [f"seed={seed}"])
     assert load(file, RunConfig, ["seed=3999999"]).seed * 1000 + 999 < 2**32
+
+
+def test_a_file_extends_one_other(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("extends: [a.yaml, b.yaml]\n")
+    with pytest.raises(ConfigError, match="extends must name one file"):
+        load(file, RunConfig)
