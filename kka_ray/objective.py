@@ -7,15 +7,14 @@ same renderer. A detector that was fitted with drawn anomalies tells drawn image
 (`detect.drawn_normals`) are not among those that measure it.
 
 The anomalies are the same for every trial, else trials could not be compared: images that the base configuration draws
-in its zero-th round and that its auditor calls hard or between (an easy image is told apart by any detector, a
-normal-like one should not be). They must not have trained what they measure. So the ids of that round are dealt into
-two halves by a hash, and the reference is taken from one half only; every image of that half, and every other drawn
-image with a description of that half, is kept out of a trial's anomaly set, in whichever round it was drawn. What takes
-its place is the next best image, so sets have the same size with and without the reference and trials with more rounds
-are not favoured. Withheld images are judged as ever, and their verdicts teach the language model: describing and
-drawing stay what they are in a run of their own, and everything up to the anomaly set is shared with it.
+in a zero-th round and that its auditor calls hard or between (an easy image is told apart by any detector, a
+normal-like one should not be). They must not have trained what they measure, neither the detector nor the language
+model. So that round is drawn with a seed of its own, which no trial has: trials lose none of their images to it, and no
+verdict on its images teaches their language model. Should a trial write one of its descriptions again, that image is
+kept out of the trial's anomaly set, and the next best takes its place.
 
-The auditor sees round 0 alone: with later rounds, what counts as hard would lean towards the base configuration's own.
+The auditor sees that round alone: with later rounds, what counts as hard would lean towards the base configuration's
+own.
 
 Being drawn, the reference measures the boundary against drawn anomalies and not against real ones; and validation
 normals set the hard band and a detector's scale. Hence the champion's figure is the test AUC, which is measured once.
@@ -23,7 +22,6 @@ normals set the hard band and a detector's scale. Hence the champion's figure is
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,6 +43,8 @@ from kka_ray.store import Store
 FEWEST = 5
 """Images that a reference has at least."""
 _LABELS = ("hard", "between")
+_APART, _SEEDS = 500_000, 4_000_000
+"""What is added to the configuration's seed, and how many seeds there are."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reference:
     """The images that every trial is measured with, beside its validation normals.
 
     ids, images: the anomalies, uint8 (H, W, 3), in the order of ids. normals: drawn normals, likewise; none if the
-    base configuration draws none. withheld: descriptions of the whole half, in lower case with single spaces.
+    base configuration draws none. withheld: all descriptions of that round, in lower case with single spaces.
     """
 
     ids: tuple[str, ...]
@@ -65,17 +65,14 @@ class Reference:
         return _words(description.text) in self.withheld
 
 
-def in_reference_half(id_: str) -> bool:
-    """Whether an id belongs to the half that the reference is taken from. Depends on the id alone."""
-    return hashlib.sha256(f"reference|{id_}".encode()).digest()[0] % 2 == 0
-
-
 def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress: Progress) -> Reference:
-    """Runs the base configuration's zero-th round, or finds it in the store, and takes the reference from it.
+    """Runs a zero-th round of the base configuration, or finds it in the store, and takes the reference from it.
 
-    Raises StageError if fewer than `FEWEST` images are hard or between.
+    The seed of that round is not the configuration's; the normals are. Raises StageError if fewer than `FEWEST` images
+    are hard or between.
     """
-    zeroth = config.model_copy(update={"loop": config.loop.model_copy(update={"rounds": 0})})
+    loop = config.loop.model_copy(update={"rounds": 0})
+    zeroth = config.model_copy(update={"loop": loop, "seed": (config.seed + _APART) % _SEEDS})
     with closing(Pools(zeroth, store.uri)) as pools:
         return reference_of(Loop(zeroth, store, prepared, progress, pools).run())
 
@@ -84,17 +81,17 @@ def reference_of(result: LoopResult) -> Reference:
     """The reference in a loop's zero-th round. Raises StageError if it is too small."""
     assert result.audit is not None
     first = result.rounds[0]
-    wanted = {v.id for v in result.audit.verdicts if v.label in _LABELS and in_reference_half(v.id)}
+    wanted = {v.id for v in result.audit.verdicts if v.label in _LABELS}
     ids = tuple(sorted(id_ for id_ in first.drawn.ids if id_ in wanted))
     if len(ids) < FEWEST:
         labels = sorted(v.label for v in result.audit.verdicts)
         counts = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(labels)) or "none"
         raise StageError(
-            f"the base configuration's zero-th round has {len(ids)} hard or between images in the reference half, "
-            f"fewer than {FEWEST}: nothing to measure trials with (drawn: {counts}). Raise run.loop.lines, or "
-            "run.confusion.upper for a wider hard band"
+            f"a zero-th round of the base configuration has {len(ids)} hard or between images, fewer than {FEWEST}: "
+            f"nothing to measure trials with (drawn: {counts}). Raise run.loop.lines, or run.confusion.upper for a "
+            "wider hard band"
         )
-    withheld = frozenset(_words(d.text) for d in first.descriptions if d.text and in_reference_half(d.id))
+    withheld = frozenset(_words(d.text) for d in first.descriptions if d.text)
     return Reference(ids, tuple(result.images(list(ids))), tuple(result.normals.images[UNSEEN]), withheld)
 
 

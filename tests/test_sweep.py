@@ -30,7 +30,7 @@ from kka_ray.evaluation import unseen_drawn_normals
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.features.base import Features
 from kka_ray.loop import Loop, LoopResult, Round
-from kka_ray.objective import Reference, in_reference_half, mean_aucs, reference_of, validation_auc
+from kka_ray.objective import Reference, mean_aucs, reference_of, validation_auc
 from kka_ray.places import Place
 from kka_ray.prepare import prepare
 from kka_ray.records import Description, Verdict
@@ -69,23 +69,13 @@ def zeroth(count: int = 80, labels: tuple[str, ...] = LABELS, kept: tuple[str, .
     return LoopResult([], rounds, audit, {v.id: v for v in verdicts})
 
 
-def test_the_reference_half_is_a_fixed_half_of_the_ids() -> None:
-    ids = [f"r0-p{p:03d}-s{s:02d}" for p in range(20) for s in range(20)]
-    half = {id_ for id_ in ids if in_reference_half(id_)}
-    assert 0.4 < len(half) / len(ids) < 0.6
-    # Written down, so that an objective measured today can be compared with one measured tomorrow.
-    assert [in_reference_half(f"r0-p000-s0{i}") for i in range(6)] == [True, True, True, False, True, False]
-
-
-def test_the_reference_holds_hard_and_between_images_of_its_half_only() -> None:
+def test_the_reference_holds_the_hard_and_between_images_and_withholds_all_that_was_written() -> None:
     result = zeroth()
     reference = reference_of(result)
     label = {v.id: v.label for v in result.audit.verdicts} if result.audit else {}
-    assert reference.ids == tuple(i for i in sorted(label) if label[i] in ("hard", "between") and in_reference_half(i))
+    assert reference.ids == tuple(i for i in sorted(label) if label[i] in ("hard", "between"))
     assert [int(image[0, 0, 0]) for image in reference.images] == [int(id_[-3:]) for id_ in reference.ids]
-    # The whole half is withheld, whatever its labels.
-    for description in result.rounds[0].descriptions:
-        assert reference.withholds(description) == in_reference_half(description.id)
+    assert all(reference.withholds(d) for d in result.rounds[0].descriptions)
 
 
 def test_the_reference_depends_neither_on_the_trial_nor_on_what_was_kept() -> None:
@@ -116,20 +106,21 @@ def bare_loop(mode: str, rounds: int, budget: int, reference: Reference) -> Loop
 
 @pytest.mark.parametrize("mode", ["rep", "add"])
 def test_no_round_keeps_a_withheld_image_and_others_take_its_place(mode: str) -> None:
-    result = zeroth(labels=("hard",))
-    reference = reference_of(result)
+    reference = reference_of(zeroth(40))
     loop = bare_loop(mode, 1, 20, reference)
+    # Of the first round's eighty descriptions the reference has forty, under ids of its own.
+    result = zeroth(labels=("hard",))
     first = result.rounds.pop()
     kept = loop._keep(result, first.drawn, first.descriptions, 0)
     assert len(kept) == (20 if mode == "rep" else 10)
     result.rounds.append(played(0, first.descriptions, kept))
-    # Round 1 writes half of the withheld descriptions again, under ids of its own.
     copies = [line(f"r1-{d.id[3:]}", d.text, 1) for d in first.descriptions if reference.withholds(d)]
     new = [line(f"r1-p009-s{i:03d}", f"something new {i}", 1) for i in range(10)]
     everything = [*first.descriptions, *copies, *new]
     result.verdicts = {d.id: verdict(d.id, "hard", d.round) for d in everything}
     kept = loop._keep(result, drawn([d.id for d in [*copies, *new]]), [*copies, *new], 1)
     texts = {d.id: d for d in everything}
+    assert len(copies) == 40
     assert len(kept) == 20
     assert not any(reference.withholds(texts[k.id]) for k in kept)
 
@@ -188,12 +179,12 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
     config, store = RunConfig.model_validate(values), Store(str(tmp_path))
     prepared = prepare(config, store)
     noise = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(12)]
-    result = zeroth(12, labels=("hard",))
-    reference = reference_of(result)
+    apart, result = zeroth(6, labels=("hard",)), zeroth(12, labels=("hard",))
     first = result.rounds[0]
-    kept = [KeptImage(d.id, 0, "hard") for d in first.descriptions if not reference.withholds(d)]
+    apart.rounds[0].drawn.images = noise[:6]
     first.drawn.images, first.drawn.features = noise, prepared.backbone.extract(noise, prepared.patches)
-    reference = reference_of(result)
+    reference = reference_of(apart)
+    kept = [KeptImage(d.id, 0, "hard") for d in first.descriptions if not reference.withholds(d)]
     first.kept.extend(kept)
 
     values_of_seeds = validation_auc(config, store, prepared, result, reference)
@@ -312,7 +303,9 @@ def test_a_trial_that_fails_closes_its_pools_and_is_a_row(
     assert FakePools.closed == before + 1
 
 
-def test_the_reference_comes_from_a_loop_without_rounds(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_comes_from_a_loop_without_rounds_and_with_a_seed_that_no_trial_has(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[RunConfig] = []
 
     class Zeroth(FailingLoop):
@@ -327,6 +320,7 @@ def test_the_reference_comes_from_a_loop_without_rounds(small: Sweep, monkeypatc
     before = FakePools.closed
     objective.make_reference(small.base, SimpleNamespace(uri=""), None, sweep._quiet)  # type: ignore[arg-type]
     assert [c.loop.rounds for c in seen] == [0]
+    assert seen[0].seed not in {t.config.seed for t in small.trials}
     assert FakePools.closed == before + 1
 
 

@@ -26,7 +26,7 @@ from kka_ray.features.base import Features
 from kka_ray.records import Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,15 @@ def with_drawn_normals(train: np.ndarray, validation: np.ndarray, drawn: np.ndar
     """Training and validation normals with drawn normals (at least 4 rows) among them; all are what `rows` makes.
 
     An evaluator that knows photographs alone as normal learns "drawn" for "anomalous", and every image is easy. Every
-    other drawn normal joins the training normals, repeated up to a fifth of them, so that a few count; the others
-    join an equal number of real ones, spread over the validation normals, and together these set the scale and the
-    band.
+    other drawn normal joins the training normals: no more than there are of these, which would be outnumbered, and
+    repeated up to a fifth of them, so that a few count. The others join the validation normals, and together these set
+    the scale and the band: whichever are fewer are repeated, so that either kind counts half.
     """
-    learned, held_out = drawn[::2], drawn[1::2]
+    learned, held_out = drawn[::2][: len(train)], drawn[1::2]
     learned = np.concatenate([learned] * max(1, round(len(train) / 5 / len(learned))))
-    real = validation[np.linspace(0, len(validation) - 1, min(len(held_out), len(validation))).astype(int)]
-    return np.concatenate([train, learned]), np.concatenate([real, held_out])
+    count = max(len(validation), len(held_out))
+    halves = [x[np.arange(count) % len(x)] for x in (validation, held_out)]
+    return np.concatenate([train, learned]), np.concatenate(halves)
 
 
 def judge(
