@@ -256,12 +256,21 @@ def _hub_snapshot(name: str, *, local_only: bool) -> Path:
     wanted: dict[str, Any] = {"revision": revision or None, "local_files_only": local_only}
     try:
         parts = _pipeline_parts(repository, wanted)
-        return Path(snapshot_download(repository, allow_patterns=parts, ignore_patterns=_NOT_FETCHED, **wanted))
+        left_out = _NOT_FETCHED if parts is None or local_only else [*_NOT_FETCHED, *_halves(repository, wanted)]
+        return Path(snapshot_download(repository, allow_patterns=parts, ignore_patterns=left_out, **wanted))
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         raise AssetError(
             f"hub model {repository!r} cannot be had: {error}\nCheck the name, the network and `hf auth login`, "
             "or name a local folder instead"
         ) from error
+
+
+def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
+    """A pattern of the weights in half precision where a pipeline's repository holds them in full precision as well."""
+    from huggingface_hub import list_repo_files
+
+    weights = [f for f in list_repo_files(repository, revision=wanted["revision"]) if f.endswith(".safetensors")]
+    return ["*.fp16.*"] if any("/" in f and ".fp16." not in f for f in weights) else []
 
 
 def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:

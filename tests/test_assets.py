@@ -43,7 +43,34 @@ def test_of_a_pipeline_on_the_hub_its_parts_are_fetched_and_of_another_model_all
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", file)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: [])
     assert assets._hub_snapshot("org/name@v1", local_only=False) == tmp_path
     ((repository, options),) = asked
     assert (repository, options["revision"], options["allow_patterns"]) == ("org/name", "v1", patterns)
     assert {"*.bin", "*.ckpt"} <= set(options["ignore_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        (["unet/model.safetensors", "unet/model.fp16.safetensors"], True),
+        (["model.safetensors", "unet/model.fp16.safetensors"], False),
+        (["unet/model.safetensors.index.json", "unet/model-00001-of-00002.fp16.safetensors"], False),
+    ],
+)
+def test_weights_in_half_precision_are_fetched_only_where_there_are_no_others(
+    files: list[str], left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a fake: there is none to be reached in a test."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "P", "unet": ["diffusers", "U"]}))
+    ignored: list[str] = []
+
+    def snapshot(_: str, *, ignore_patterns: list[str], **__: object) -> str:
+        ignored.extend(ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model_index.json"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: files)
+    assets._hub_snapshot("org/name", local_only=False)
+    assert ("*.fp16.*" in ignored) == left_out
