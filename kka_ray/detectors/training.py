@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from safetensors.torch import load, save
@@ -45,20 +45,21 @@ def train(
     epochs: int,
     steps: int,
     epoch: Callable[[Callable[[], None]], None],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     training: Training,
 ) -> None:
     """Runs `epoch(step)` `epochs` times. It sets the gradients of `steps` batches and calls `step` after each.
 
     `step` adds up the gradients of the workers and moves the parameters, at a rate that falls from the optimizer's own
-    to 0 on a cosine. Training goes on after the last epoch that was kept under `name`, with the same result.
+    to 0 on a cosine. `generators` are all that an epoch draws from. Training goes on after the last epoch that was kept
+    under `name`, with the same result.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     done = 0
     content = training.read(name)
     if content is not None:
-        done = _restore(load(content), module, optimizer, generator)
+        done = _restore(load(content), module, optimizer, generators)
     taken = done * steps
 
     def step() -> None:
@@ -73,22 +74,27 @@ def train(
 
     for number in range(done, epochs):
         epoch(step)
-        training.keep(name, lambda done=number + 1: save(_state(done, module, optimizer, generator)))  # type: ignore[misc]
+        training.keep(name, lambda done=number + 1: save(_state(done, module, optimizer, generators)))  # type: ignore[misc]
 
 
 def _state(
-    done: int, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    done: int, module: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
 ) -> dict[str, Tensor]:
     tensors = {f"module.{k}": v.detach().clone() for k, v in module.state_dict().items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer_state(optimizer).items()}
-    return tensors | {"generator": generator.get_state(), "epochs": torch.tensor(done)}
+    tensors |= {f"generator.{k}": g.get_state() for k, g in enumerate(generators)}
+    return tensors | {"epochs": torch.tensor(done)}
 
 
 def _restore(
-    tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    tensors: dict[str, Tensor],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generators: Sequence[torch.Generator],
 ) -> int:
     """Puts a checkpoint in place and returns the number of its epochs."""
     module.load_state_dict(part(tensors, "module"))
     restore_optimizer(optimizer, part(tensors, "optimizer"))
-    generator.set_state(tensors["generator"])
+    for k, generator in enumerate(generators):
+        generator.set_state(tensors[f"generator.{k}"])
     return int(tensors["epochs"])

@@ -27,7 +27,7 @@ from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
 from kka_ray.files import write_json
 
-VERSION = 23
+VERSION = 24
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 2

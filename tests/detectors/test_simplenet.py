@@ -80,13 +80,26 @@ def test_the_weight_of_anomalies_raises_the_scores_of_their_like():
         (rng.standard_normal((n, 12)) + at * (np.arange(12) == 0)).astype(np.float32),
         (rng.standard_normal((n, 3, 3, 6)) + at * (np.arange(6) == 0)).astype(np.float16),
     )
-    normals, validation, anomalies, probe = make(64, 0), make(32, 0), make(16, 1.5), make(32, 1.5)
+    normals, validation, anomalies, probe = make(500, 0), make(32, 0), make(16, 1.5), make(32, 1.5)
     means = {}
     for weight in (0.0, 5.0):
-        detector = SimpleNetDetector(SimpleNet(epochs=60, anomaly_weight=weight))
+        detector = SimpleNetDetector(SimpleNet(epochs=20, anomaly_weight=weight))
         detector.fit(normals, anomalies, validation, 0)
         means[weight] = np.median(detector.score(probe))
     assert means[5.0] > means[0.0] + 0.5
+
+
+def test_anomalies_that_have_no_weight_change_nothing():
+    """Fits with and without anomalies differ by what is learned of them, not by a learning rate or a random number."""
+    rng = np.random.default_rng(0)
+    make = lambda n: Features(  # noqa: E731
+        rng.standard_normal((n, 12)).astype(np.float32), rng.standard_normal((n, 3, 3, 6)).astype(np.float16)
+    )
+    normals, validation, probe = make(64), make(32), make(32)
+    alone, beside = (SimpleNetDetector(SimpleNet(epochs=3, anomaly_weight=0.0)) for _ in range(2))
+    alone.fit(normals, None, validation, 0)
+    beside.fit(normals, make(16), validation, 0)
+    assert np.array_equal(alone.score(probe), beside.score(probe))
 
 
 def test_a_channel_that_normals_never_use_stays_bounded():

@@ -54,7 +54,7 @@ class BeatGanDetector(Detector):
                 step()
 
         steps = 2 * -(-len(sets.normals) // config.batch)
-        train("beatgan", both, optimizer, config.epochs, steps, epoch, random, self.training)
+        train("beatgan", both, optimizer, config.epochs, steps, epoch, [random], self.training)
         self._generator = generator.eval().requires_grad_(False)
 
     def _generator_loss(

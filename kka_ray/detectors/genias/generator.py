@@ -90,7 +90,7 @@ def fit_generator(
             step()
 
     steps = -(-len(x) // config.batch)
-    train("generator", model, optimizer, config.generator_epochs, steps, epoch, random, training)
+    train("generator", model, optimizer, config.generator_epochs, steps, epoch, [random], training)
     return model.eval().requires_grad_(False)
 
 

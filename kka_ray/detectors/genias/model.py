@@ -63,7 +63,7 @@ class GenIasDetector(Detector):
                 step()
 
         steps = -(-len(sets.normals) // config.batch)
-        train("classifier", model, optimizer, config.epochs, steps, epoch, random, self.training)
+        train("classifier", model, optimizer, config.epochs, steps, epoch, [random], self.training)
         self._classifier = model.eval().requires_grad_(False)
 
     def score(self, features: Features) -> np.ndarray:

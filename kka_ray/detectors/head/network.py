@@ -83,7 +83,7 @@ class NetworkHead(Head):
                 step()
 
         steps = -(-len(x) // config.batch)
-        train("head", network, optimizer, config.epochs, steps, epoch, generator, self.training)
+        train("head", network, optimizer, config.epochs, steps, epoch, [generator], self.training)
         network.requires_grad_(False)
 
     @torch.inference_mode()

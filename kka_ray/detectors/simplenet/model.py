@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ _PATCH_CHUNK = 8
 """Images whose patches are scored at a time: what lies between the layers stays in the cache."""
 _MANY = 1000
 """Normals from which on the learning rate is the configured one."""
+_OTHER_SEED = 0x616E6F6D
 _PATCH_ANOMALIES = 16
 """Anomaly images a step in the patch branch: all their patches are scored to find the most anomalous."""
 
@@ -47,46 +49,44 @@ class SimpleNetDetector(Detector):
             anomalies = None
         for features in (normals, validation, *([anomalies] if anomalies is not None else [])):
             patch_rows(features, "SimpleNet")
-        # Anomalies that are known are learnt at the cost of some caution: at n / 1,000 little of them would be.
-        self._caution = min(1.0, len(normals) / _MANY) ** (1.0 if anomalies is None else 0.5)
-        generator = torch.Generator().manual_seed(seed)
-        self._branches = {name: self._fit_image(name, normals, anomalies, generator) for name in self._images}
-        self._branches[_PATCH] = self._fit_patch(normals, anomalies, generator)
+        self._caution = min(1.0, len(normals) / _MANY)
+        draws = _Draws.of(seed)
+        self._branches = {name: self._fit_image(name, normals, anomalies, draws) for name in self._images}
+        self._branches[_PATCH] = self._fit_patch(normals, anomalies, draws)
         # -margin is where normals were to lie, 0 the boundary, +margin where anomalies were to lie.
         worst = float(np.median(self._patch_scores(validation).max((1, 2))))
         self._trust = float(np.clip(1 - worst / self.config.margin, 0, 1))
 
-    def _fit_image(
-        self, name: str, normals: Features, anomalies: Features | None, generator: torch.Generator
-    ) -> Branch:
+    def _fit_image(self, name: str, normals: Features, anomalies: Features | None, draws: _Draws) -> Branch:
         config = self.config
         x = torch.from_numpy(normals.statistics())
         branch = self._new_branch(x.shape[1])
-        branch.start(x, config.shrinkage, config.noise, config.margin, generator)
+        branch.start(x, config.shrinkage, config.noise, config.margin, draws.normals)
         x = branch.standardise(x)
         if anomalies is None:
-            self._train(name, branch, len(x), lambda rows: x[rows], None, generator)
+            self._train(name, branch, len(x), lambda rows: x[rows], None, draws)
             return branch
         if normals.views is not None:
             # Views of anomalies alone would teach the discriminator what a view is.
             x = torch.cat([x, branch.standardise(torch.from_numpy(normals.views.statistics()))])
         labelled = anomalies.with_views()
         known = branch.standardise(torch.from_numpy(labelled.statistics()))
-        drawn = _random_rows(labelled, config.batch, generator)
-        self._train(name, branch, len(x), lambda rows: x[rows], lambda: known[drawn()], generator)
+        drawn = _random_rows(labelled, config.batch, draws.anomalies)
+        self._train(name, branch, len(x), lambda rows: x[rows], lambda: known[drawn()], draws)
         return branch
 
-    def _fit_patch(self, normals: Features, anomalies: Features | None, generator: torch.Generator) -> Branch:
+    def _fit_patch(self, normals: Features, anomalies: Features | None, draws: _Draws) -> Branch:
         config, grid = self.config, patch_rows(normals, "SimpleNet")
         branch = self._new_branch(grid.shape[2])
-        branch.start(_sample_patches(grid, generator), config.shrinkage, config.noise, config.margin, generator)
+        sample = _sample_patches(grid, draws.normals)
+        branch.start(sample, config.shrinkage, config.noise, config.margin, draws.normals)
 
         def pick(rows: Tensor) -> Tensor:
-            places = torch.randint(grid.shape[1], (len(rows), config.patches_per_image), generator=generator)
+            places = torch.randint(grid.shape[1], (len(rows), config.patches_per_image), generator=draws.normals)
             return branch.standardise(grid[rows[:, None], places].flatten(0, 1))
 
-        negatives = _worst_patches(branch, anomalies, config.anomaly_patches, generator)
-        self._train(_PATCH, branch, len(grid), pick, negatives, generator)
+        negatives = _worst_patches(branch, anomalies, config.anomaly_patches, draws.anomalies)
+        self._train(_PATCH, branch, len(grid), pick, negatives, draws)
         return branch
 
     def score(self, features: Features) -> np.ndarray:
@@ -142,7 +142,7 @@ class SimpleNetDetector(Detector):
         count: int,
         pick: Callable[[Tensor], Tensor],
         negatives: Callable[[], Tensor] | None,
-        generator: torch.Generator,
+        draws: _Draws,
     ) -> None:
         """Trains with the standardised features that `pick` gives for each batch of `count` images' rows."""
         config = self.config
@@ -155,17 +155,17 @@ class SimpleNetDetector(Detector):
         optimizer = torch.optim.Adam(groups, lr=rate, weight_decay=1e-5, fused=True)
 
         def epoch(step: Callable[[], None]) -> None:
-            for rows in torch.randperm(count, generator=generator).split(config.batch):
+            for rows in torch.randperm(count, generator=draws.normals).split(config.batch):
                 x = pick(rows)
-                noise = config.noise * torch.randn(len(x), branch.adaptor.out_features, generator=generator)
-                against = x[:0] if negatives is None else _mix(negatives(), generator)
+                noise = config.noise * torch.randn(len(x), branch.adaptor.out_features, generator=draws.normals)
+                against = x[:0] if negatives is None else _mix(negatives(), draws.anomalies)
                 weights = (1 / len(x), config.anomaly_weight / max(len(against), 1))
                 own, others = self.training.rows(len(x)), self.training.rows(len(against))
                 branch.set_gradients(x[own], noise[own], against[others], weights, config.margin)
                 step()
 
         steps = -(-count // config.batch)
-        train(name, branch, optimizer, config.epochs, steps, epoch, generator, self.training)
+        train(name, branch, optimizer, config.epochs, steps, epoch, [draws.normals, draws.anomalies], self.training)
         branch.requires_grad_(False)
 
     @torch.no_grad()
@@ -173,6 +173,18 @@ class SimpleNetDetector(Detector):
         branch = self._branches[_PATCH].folded()
         scores = [-branch(x.float()) for x in patch_rows(features, "SimpleNet").split(_PATCH_CHUNK)]
         return on_grid(torch.cat(scores), features)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What a fit draws from: what normals are drawn does not depend on whether there are anomalies."""
+
+    normals: torch.Generator
+    anomalies: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int) -> Self:
+        return cls(*(torch.Generator().manual_seed(s) for s in (seed, seed ^ _OTHER_SEED)))
 
 
 def _mean(members: Iterable[nn.Module], x: Tensor) -> Tensor:

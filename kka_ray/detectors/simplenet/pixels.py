@@ -75,7 +75,7 @@ class PixelSimpleNetDetector(Detector):
                 step()
 
         steps = -(-len(x) // config.batch)
-        train("autoencoder", both, optimizer, config.encoder_epochs, steps, epoch, random, self.training)
+        train("autoencoder", both, optimizer, config.encoder_epochs, steps, epoch, [random], self.training)
         return encoder.eval().requires_grad_(False)
 
     @torch.no_grad()

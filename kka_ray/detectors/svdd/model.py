@@ -124,7 +124,7 @@ class HypersphereDetector(Detector):
                 step()
 
         steps = len(batches(len(x), settings.batch, torch.Generator()))
-        train(name, module, optimizer, epochs, steps, epoch, generator, training)
+        train(name, module, optimizer, epochs, steps, epoch, [generator], training)
 
     def score(self, features: Features) -> np.ndarray:
         """||phi(x) - c||^2."""
