@@ -9,7 +9,7 @@ from ray.serve import Application
 from kka_ray.config import parse
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import ConfigError
-from kka_ray.serving.access import make_digest
+from kka_ray.serving.access import make_token, write_token
 from kka_ray.serving.deployment import build_application
 
 
@@ -26,5 +26,7 @@ def build(args: dict[str, Any]) -> Application:
     if {"host", "port"} & values.keys():
         raise ConfigError("host and port belong to the cluster: set http_options in serve/config.yaml")
     config = parse(values, ServeConfig, "the application's arguments")
-    token_digest, _ = make_digest(run)
-    return build_application(run, config, token_digest)
+    token = make_token()
+    application = build_application(run, config, token.digest)
+    write_token(token, run)
+    return application

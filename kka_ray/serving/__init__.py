@@ -13,7 +13,7 @@ import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, 
 from kka_ray.config.models import ClusterConfig
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import ResourceError
-from kka_ray.serving.access import VARIABLE, make_digest
+from kka_ray.serving.access import VARIABLE, Token, make_token, write_token
 from kka_ray.serving.proxy import installed
 
 APPLICATION = "kka"
@@ -49,9 +49,9 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
         if not ray.is_initialized():
             raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")
         _check_serve_is_ours()
-        return _deploy(run, config, make_digest(run), say)
-    token = make_digest(run)
-    with installed(token[0], config.max_total_bytes), session(ClusterConfig()):
+        return _deploy(run, config, make_token(), say)
+    token = make_token()
+    with installed(token.digest, config.max_total_bytes), session(ClusterConfig()):
         from ray import serve
 
         _check_serve_is_ours()
@@ -74,16 +74,13 @@ def _wait_for_the_end() -> None:
         signal.signal(number, handler)
 
 
-def _deploy(
-    run: str | Path, config: ServeConfig, token: tuple[bytes, Path | None], say: Callable[[str], None]
-) -> Service:
+def _deploy(run: str | Path, config: ServeConfig, token: Token, say: Callable[[str], None]) -> Service:
     from ray import serve
 
     from kka_ray.serving.deployment import build_application
 
     _check_room(config)
-    token_digest, token_file = token
-    application = build_application(run, config, token_digest)
+    application = build_application(run, config, token.digest)
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -92,6 +89,8 @@ def _deploy(
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, TimeoutError) as error:
         raise ResourceError(f"the service did not start: {error}") from error
+    # Not before: the token of a service that runs already is not to go for one that does not start.
+    token_file = write_token(token, run, config.port)
     service = Service(f"http://{config.host}:{config.port}", token_file)
     say(f"serving {run} at {service.url}; {f'token in {token_file}' if token_file else f'token from {VARIABLE}'}")
     return service

@@ -1,12 +1,14 @@
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
+from kka_ray import serving
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import AssetError, ConfigError, ResourceError
 from kka_ray.serving import start
-from kka_ray.serving.access import digest, is_authorised, make_digest
+from kka_ray.serving.access import digest, is_authorised, make_token, write_token
 
 
 @pytest.fixture(autouse=True)
@@ -16,23 +18,41 @@ def _cache(monkeypatch, tmp_path):
 
 
 def test_a_new_token_is_written_for_its_owner_only():
-    expected, file = make_digest(Path("runs/demo"))
+    token = make_token()
+    file = write_token(token, Path("runs/demo"), 8000)
     assert file is not None
-    assert file.name == "demo.token"
+    assert re.fullmatch(r"demo-8000-[0-9a-f]{8}\.token", file.name)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    token = file.read_text().strip()
-    assert len(token) >= 32
-    assert is_authorised(f"Bearer {token}", expected)
+    written = file.read_text().strip()
+    assert len(written) >= 32
+    assert written not in repr(token)
+    assert is_authorised(f"Bearer {written}", token.digest)
     file.chmod(0o644)
-    other, again = make_digest(Path("runs/demo"))
-    assert (again, other == expected) == (file, False)
+    other = make_token()
+    assert other.digest != token.digest
+    assert write_token(other, Path("runs/demo").resolve(), 8000) == file
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert [p.name for p in file.parent.iterdir()] == ["demo.token"]
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_services_have_files_of_their_own():
+    served = [
+        ("runs/demo", 8000),
+        ("runs/demo", 8001),
+        ("old/demo", 8000),
+        ("s3://b/runs/demo", 8000),
+        ("runs/demo", None),
+    ]
+    files = {write_token(make_token(), run, port) for run, port in served}
+    assert len(files) == len(served)
+    assert all(file is not None and file.name.startswith("demo-") for file in files)
 
 
 def test_the_environments_token_is_taken_and_written_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("KKA_SERVE_TOKEN", "from-the-environment")
-    assert make_digest(Path("runs/demo")) == (digest("from-the-environment"), None)
+    token = make_token()
+    assert token.digest == digest("from-the-environment")
+    assert write_token(token, Path("runs/demo"), 8000) is None
     assert not (tmp_path / "cache").exists()
 
 
@@ -40,7 +60,7 @@ def test_the_environments_token_is_taken_and_written_nowhere(monkeypatch, tmp_pa
 def test_tokens_that_can_be_guessed_or_not_sent_are_refused(monkeypatch, token):
     monkeypatch.setenv("KKA_SERVE_TOKEN", token)
     with pytest.raises(ConfigError, match="at least 16") as error:
-        make_digest(Path("runs/demo"))
+        make_token()
     assert not token or token not in str(error.value)
 
 
@@ -60,6 +80,40 @@ def test_starting_says_what_is_missing(tmp_path, monkeypatch):
         taken.listen()
         with pytest.raises(ResourceError, match="choose another --port"):
             start(tmp_path, ServeConfig(port=taken.getsockname()[1]), blocking=False)
+
+
+def test_the_token_of_a_running_service_survives_a_start_that_fails(tmp_path, monkeypatch):
+    from ray import serve
+
+    def fail(*_, **__):
+        raise RuntimeError("no room")
+
+    (tmp_path / "detector.json").touch()
+    monkeypatch.setattr(serving, "_check_room", lambda config: None)
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    said: list[str] = []
+    running = serving._deploy(tmp_path, ServeConfig(), make_token(), said.append)
+    assert running.token_file is not None
+    assert str(running.token_file) in said[0]
+    before = running.token_file.read_text()
+    assert before.strip() not in said[0]
+    monkeypatch.setattr(serve, "run", fail)
+    with pytest.raises(ResourceError, match="no room"):
+        serving._deploy(tmp_path, ServeConfig(), make_token(), said.append)
+    assert running.token_file.read_text() == before
+
+
+def test_serves_own_tools_write_the_token_of_what_can_be_built(tmp_path):
+    from serve.app import build
+
+    with pytest.raises(AssetError, match="holds no detector"):
+        build({"run": str(tmp_path)})
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "detector.json").touch()
+    (_, _, expected) = build({"run": str(tmp_path)})._bound_deployment.init_args
+    (file,) = (tmp_path / "cache" / "serve").iterdir()
+    assert digest(file.read_text().strip()) == expected
 
 
 def test_serves_own_tools_build_the_application(tmp_path, monkeypatch):
