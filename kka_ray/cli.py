@@ -77,12 +77,18 @@ def plan(config: ConfigFile, override: Override = None) -> None:
 @app.command()
 def resume(folder: RunFolder, verbose: Verbose = False) -> None:
     """Finishes an interrupted run from its folder."""
-    from kka_ray.places import opened
+    from kka_ray.places import below, is_same, opened
 
     with opened(folder, "config.yaml") as place:
         if not (place.here / "config.yaml").is_file():
             raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
         config = load(place.here / "config.yaml", RunConfig)
+    own = below(config.output, config.name)
+    if not is_same(folder, own):
+        raise ConfigError(
+            f"{folder} was copied or renamed: the run in it is that of {own}, and would go on there. Go on with that "
+            f"one (`kka resume {own}`), or set output and name in {below(folder, 'config.yaml')} to this folder's own"
+        )
     _run(config, verbose)
 
 

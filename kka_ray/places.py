@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StoreError
-from kka_ray.files import stays_inside
+from kka_ray.files import absolute_path, stays_inside
 
 DETECTOR_FILES = ("config.yaml", "detector.json", "detector.safetensors")
 """What a detector needs of a run's folder."""
@@ -71,6 +71,21 @@ def is_uri(folder: str | Path) -> bool:
 def below(folder: str, name: str) -> str:
     """The name of what lies in a folder."""
     return posixpath.join(folder, name) if is_uri(folder) else str(Path(folder) / name)
+
+
+def is_same(folder: str | Path, other: str | Path) -> bool:
+    """Whether two names, paths or URIs, are of one folder. Raises ConfigError for a URI that no installed package
+    reads."""
+    return _real(folder) == _real(other)
+
+
+def _real(folder: str | Path) -> tuple[Any, str]:
+    if is_uri(folder):
+        filesystem, root = _storage(str(folder))
+        if "file" not in filesystem.protocol:
+            return filesystem, root
+        folder = root
+    return None, str(Path(absolute_path(str(folder))).resolve())
 
 
 @contextmanager

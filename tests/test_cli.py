@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kka_ray import cli, doctor
+from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.terminal import Reporter
@@ -45,6 +46,30 @@ def test_resume_wants_the_folder_of_a_run(tmp_path: Path) -> None:
         error = CliRunner().invoke(cli.app, ["resume", str(folder)]).exception
         assert isinstance(error, ConfigError)
         assert "name a run's folder, as in runs/demo" in str(error)
+
+
+def test_resume_does_not_work_in_another_folder_than_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone_on: list[RunConfig] = []
+    monkeypatch.setattr(cli, "_run", lambda config, verbose: gone_on.append(config))
+    config = RunConfig.model_validate({"name": "demo", "data": {"kind": "flowers"}, "output": str(tmp_path / "runs")})
+    for folder in (tmp_path / "runs" / "demo", tmp_path / "copy"):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump(config))
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "demo")
+    error = CliRunner().invoke(cli.app, ["resume", str(tmp_path / "copy")]).exception
+    assert isinstance(error, ConfigError)
+    assert f"`kka resume {tmp_path}/runs/demo`" in str(error)
+    assert "copy/config.yaml" in str(error)
+    assert not gone_on
+    for folder in (tmp_path / "runs" / "demo", tmp_path / "link", f"file://{tmp_path}/runs/demo/"):
+        assert CliRunner().invoke(cli.app, ["resume", str(folder)]).exit_code == 0
+    assert gone_on == [config] * 3
+    (tmp_path / "copy" / "config.yaml").write_text(
+        dump(config.model_copy(update={"output": str(tmp_path), "name": "copy"}))
+    )
+    assert CliRunner().invoke(cli.app, ["resume", str(tmp_path / "copy")]).exit_code == 0
 
 
 def test_square_brackets_of_an_error_are_printed(
