@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,11 +16,22 @@ def absolute_path(path: str) -> str:
     return str(full if full.is_absolute() else full.resolve())
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file to write within the block, which takes its place as `path` at the end, or goes if that is not reached."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text`. Raises OSError as the file system does."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
-from kka_ray.files import write_json
+from kka_ray.files import write_json, written
 
 VERSION = 24
 """Part of the store's keys; raised when what is fitted changes."""
@@ -180,10 +181,12 @@ class TunedDetector:
         return scaled[:, 0].numpy()
 
     def save(self, folder: Path) -> None:
-        """Writes `detector.safetensors` and `detector.json`."""
+        """Writes `detector.safetensors` and, last, `detector.json`, which says which tensors are its own."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors, state = self.detector.state()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "detector.safetensors")
+        with written(folder / "detector.safetensors") as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+            tensors_sha256 = _sha256(file)
         values: dict[str, Any] = {
             "format": _FORMAT,
             "detector": self.config.model_dump(mode="json"),
@@ -191,6 +194,7 @@ class TunedDetector:
             "backbone_identity": self.backbone.identity,
             "calibration": asdict(self.calibration),
             "state": state,
+            "tensors_sha256": tensors_sha256,
         }
         write_json(folder / "detector.json", values)
 
@@ -204,25 +208,52 @@ class TunedDetector:
         Raises AssetError if the folder holds no detector or a damaged one, or if the backbone is not the one that the
         detector was fitted on.
         """
-        file = folder / "detector.json"
+        saved = _read(folder / "detector.json")
+        weights = folder / "detector.safetensors"
         try:
-            values = json.loads(file.read_text())
-            tensors = load_file(folder / "detector.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            found, tensors = _sha256(weights), load_file(weights)
+        except (OSError, SafetensorError) as error:
             raise AssetError(f"{folder} holds no readable detector: {error}") from error
-        if values.get("format") not in (1, _FORMAT):
-            raise AssetError(f"{file} has format {values.get('format')}, this version reads {_FORMAT}: fit it again")
-        try:
-            config: DetectorConfig = TypeAdapter(DetectorConfig).validate_python(values["detector"])
-            wanted = BackboneConfig.model_validate(values["backbone"])
-        except ValidationError as error:
-            raise AssetError(f"{file} was written by another version of kka_ray: {error}") from error
-        backbone = backbone or Backbone.load(wanted, device, engine)
-        _check_backbone(folder, backbone, wanted, values["backbone_identity"])
-        known = dict(values["calibration"])
-        normal, quantiles, heat = Robust(**known.pop("normal")), tuple(known.pop("quantiles")), known.pop("heat", None)
-        calibration = Calibration(normal=normal, quantiles=quantiles, heat=heat and Robust(**heat), **known)
-        return cls(config, backbone, build(config).restore(tensors, values["state"]), calibration)
+        if saved.tensors_sha256 not in (None, found):
+            raise AssetError(
+                f"{folder} holds no readable detector: {weights.name} is not the file that detector.json was written "
+                "with. Copy both again from where they are whole, or make them anew by the command of their run"
+            )
+        backbone = backbone or Backbone.load(saved.backbone, device, engine)
+        _check_backbone(folder, backbone, saved.backbone, saved.backbone_identity)
+        detector = build(saved.detector).restore(tensors, saved.state)
+        return cls(saved.detector, backbone, detector, saved.calibration)
+
+
+class _Saved(BaseModel):
+    """What `detector.json` holds."""
+
+    detector: DetectorConfig
+    backbone: BackboneConfig
+    backbone_identity: str
+    calibration: Calibration
+    state: dict[str, Any]
+    tensors_sha256: str | None = None
+    """None in files of before it was written."""
+
+
+def _read(file: Path) -> _Saved:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{file.parent} holds no readable detector: {error}") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found not in (1, _FORMAT):
+        raise AssetError(f"{file} has format {found}, this version reads {_FORMAT}: fit it again")
+    try:
+        return _Saved.model_validate(values)
+    except ValidationError as error:
+        raise AssetError(f"{file} was written by another version of kka_ray: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_backbone(folder: Path, backbone: Backbone, wanted: BackboneConfig, identity: str) -> None:

@@ -19,8 +19,8 @@ def _images(count: int, seed: int) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, 40, 48, 3), dtype=np.uint8))
 
 
-def _fit(config, backbone: Backbone) -> TunedDetector:
-    features = [backbone.extract(_images(20, seed), patches=True) for seed in (0, 1)]
+def _fit(config, backbone: Backbone, seeds: tuple[int, int] = (0, 1)) -> TunedDetector:
+    features = [backbone.extract(_images(20, seed), patches=True) for seed in seeds]
     return TunedDetector.fit(config, backbone, features[0], None, features[1], seed=0, false_positive_rate=0.1)
 
 
@@ -124,3 +124,65 @@ def test_scores_that_are_equal_are_not_less() -> None:
     assert halves.percentile[0] == 0
     assert halves.percentile[2] == pytest.approx(50, abs=1)
     assert halves.percentile[3] == 100
+
+
+def test_tensors_of_another_detector_are_refused(backbone, tmp_path):
+    for name, seeds in (("here", (0, 1)), ("other", (2, 3))):
+        _fit(Knn(kind="knn"), backbone, seeds).save(tmp_path / name)
+    (tmp_path / "other" / "detector.safetensors").rename(tmp_path / "here" / "detector.safetensors")
+    with pytest.raises(AssetError, match=r"no readable detector: detector\.safetensors is not the file"):
+        TunedDetector.load(tmp_path / "here", backbone)
+
+
+def test_a_detector_that_was_saved_before_its_tensors_were_named_loads(backbone, tmp_path):
+    tuned = _fit(Knn(kind="knn"), backbone)
+    tuned.save(tmp_path)
+    file, images = tmp_path / "detector.json", _images(3, 2)
+    values = json.loads(file.read_text())
+    del values["tensors_sha256"]
+    file.write_text(json.dumps(values))
+    old = TunedDetector.load(tmp_path, backbone)
+    np.testing.assert_array_equal(old.score_images(images).score, tuned.score_images(images).score)
+
+
+def test_a_save_that_is_interrupted_leaves_the_detector_that_was_there(backbone, tmp_path, monkeypatch):
+    before, images = _fit(Knn(kind="knn"), backbone), _images(3, 2)
+    before.save(tmp_path)
+
+    def interrupted(tensors, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kka_ray.detectors.tuned.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(Knn(kind="knn"), backbone, (2, 3)).save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["detector.json", "detector.safetensors"]
+    now = TunedDetector.load(tmp_path, backbone)
+    np.testing.assert_array_equal(now.score_images(images).score, before.score_images(images).score)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda values: [values], "detector.json"),
+        (lambda values: 3, "detector.json"),
+        (lambda values: {**values, "format": 99}, "format 99"),
+        (lambda values: {k: v for k, v in values.items() if k != "state"}, "state"),
+        (lambda values: {k: v for k, v in values.items() if k != "backbone_identity"}, "backbone_identity"),
+        (lambda values: {**values, "calibration": {}}, "calibration.threshold"),
+        (lambda values: {**values, "calibration": [1]}, "calibration"),
+    ],
+)
+def test_json_of_another_kind_is_refused(backbone, tmp_path, change, said):
+    _fit(Knn(kind="knn"), backbone).save(tmp_path)
+    file = tmp_path / "detector.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(AssetError, match=said):
+        TunedDetector.load(tmp_path, backbone)
+
+
+def test_what_is_no_text_is_refused(backbone, tmp_path):
+    _fit(Knn(kind="knn"), backbone).save(tmp_path)
+    (tmp_path / "detector.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(AssetError, match="no readable detector"):
+        TunedDetector.load(tmp_path, backbone)
