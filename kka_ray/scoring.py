@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import shutil
+import hashlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ _HOT = 6.0
 _OVERLAY_SIDE = 1024
 _SHEET_IMAGES = 100
 _THUMBNAIL = 128
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on nearly every file system."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,9 @@ def score_folder(
     """Scores an image, or every image below a folder, with a run's detector.
 
     Into `output` go `scores.csv` (a row a file, in the order of the paths), `contact_sheet.png` (the 100 most anomalous
-    images, the most anomalous first) and, if asked for and the detector localises, `heatmaps/FILE.png`. All of it is
-    written elsewhere first and put in place at the end; what an earlier scoring left in `output` is replaced.
+    images, the most anomalous first) and, if asked for and the detector localises, `heatmaps/FILE.png` (a name that is
+    too long for that is cut, and ends in a hash). All of it is written elsewhere first and put in place at the end;
+    what an earlier scoring left in `output` is replaced.
 
     A file that cannot be read is a row with the error. Raises AssetError without a detector, or if heat maps are asked
     of one that was saved before they had a scale; DataError without images or if `output` holds heat maps of something
@@ -197,7 +201,7 @@ def _score(
                 rows[name] = row
                 sheet.append((row, _thumbnail(batch[i])))
                 if heat is not None:
-                    target = work / "heatmaps" / f"{name}.png"
+                    target = work / "heatmaps" / _map_name(name)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(encode_png(overlay(batch[i], heat[i])))
             sheet = sorted(sheet, key=lambda entry: (-entry[0].score, entry[0].file))[:_SHEET_IMAGES]
@@ -210,6 +214,16 @@ def _score(
     _write_csv(work / "scores.csv", [rows[name] for name, _ in files])
     failed = sum(bool(row.error) for row in rows.values())
     return ScoreResult(len(rows) - failed, sum(row.anomalous for row in rows.values()), failed)
+
+
+def _map_name(name: str) -> str:
+    """What the heat map of an image is called. A name that leaves no room for the suffix is cut, and ends in a hash."""
+    folder, slash, last = name.rpartition("/")
+    raw = os.fsencode(last)
+    if len(raw) + len(".png") > _LONGEST_NAME:
+        end = f"~{hashlib.sha256(raw).hexdigest()[:8]}"
+        last = raw[: _LONGEST_NAME - len(f"{end}.png")].decode(errors="ignore") + end
+    return f"{folder}{slash}{last}.png"
 
 
 def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
@@ -259,12 +273,15 @@ def _write_csv(path: Path, rows: Sequence[_Row]) -> None:
 
 
 def _put_in_place(work: Path, output: Path) -> None:
-    """Moves what was made into `output`; the table goes first and comes last, never to lie beside others' maps."""
-    (output / "scores.csv").unlink(missing_ok=True)
+    """Moves what was made into `output`, and what lay there into `work`, to go with it.
+
+    Interrupted anywhere, it leaves no heat maps without a table, which would be taken for something else's, nor beside
+    another scoring's.
+    """
     if (output / "heatmaps").exists():
-        shutil.rmtree(output / "heatmaps")
+        (output / "heatmaps").rename(work / "replaced")
     (output / "contact_sheet.png").unlink(missing_ok=True)
-    for name in ("heatmaps", "contact_sheet.png", "scores.csv"):
+    for name in ("scores.csv", "heatmaps", "contact_sheet.png"):
         if (work / name).exists():
             (work / name).rename(output / name)
 

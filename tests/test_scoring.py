@@ -1,5 +1,9 @@
 import csv
 import io
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +118,20 @@ def test_heatmaps_lie_beside_the_table_and_have_the_images_size(images, normals,
         assert heat.size == (60, 40)
 
 
+def test_names_that_leave_no_room_for_a_suffix_are_shortened(normals, tmp_path):
+    _fit(SimpleNet(epochs=1, width=16, hidden=32), normals).save(tmp_path / "detector")
+    names = [f"{'x' * 246}{n}.jpeg" for n in range(2)] + [f"{'ü' * 125}.png", f"{'y' * 247}.png"]
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "images" / "deep" / name).write_bytes(encode_png(normals[20]))
+    result, rows, _ = _score(tmp_path / "images", tmp_path, tmp_path / "out", heatmaps=True)
+    assert (result.scored, set(rows)) == (4, {f"deep/{name}" for name in names})
+    maps = {p.name for p in (tmp_path / "out" / "heatmaps" / "deep").iterdir()}
+    assert len(maps) == 4
+    assert f"{'y' * 247}.png.png" in maps
+    assert sum(re.fullmatch(r"x+~[0-9a-f]{8}\.png", name) is not None for name in maps) == 2
+
+
 def test_a_detector_that_does_not_localise_says_so(images, run, tmp_path):
     _, _, text = _score(images, run, tmp_path / "out", heatmaps=True)
     assert "does not localise" in text
@@ -169,6 +187,32 @@ def test_an_interrupted_scoring_leaves_nothing(images, run, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         _score(images, run, tmp_path / "out" / "scores")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("reached", range(6))
+def test_a_scoring_that_is_interrupted_as_it_is_put_in_place_can_be_done_again(tmp_path, monkeypatch, reached):
+    work, output = tmp_path / "out" / ".scoring-x", tmp_path / "out"
+    for folder, content in ((output, "old"), (work, "new")):
+        (folder / "heatmaps").mkdir(parents=True)
+        for name in ("heatmaps/a.png", "contact_sheet.png", "scores.csv"):
+            (folder / name).write_text(content)
+    steps = iter(range(reached))
+
+    def step(real):
+        def done(*arguments, **options):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        return done
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, step(getattr(owner, name)))
+    with suppress(KeyboardInterrupt):
+        scoring._put_in_place(work, output)
+    table, heat = output / "scores.csv", output / "heatmaps" / "a.png"
+    assert table.is_file()
+    assert not heat.exists() or heat.read_text() == table.read_text()
 
 
 def test_heatmaps_of_something_else_are_not_deleted(images, run, tmp_path):
