@@ -256,32 +256,39 @@ def _attempt_folders(store: Store, stage: str, key: str) -> Iterator[tuple[str, 
     """(name, bytes, time of the newest file) of attempts at an output, but the committed one, and of checkpoints."""
     committed = store.find(stage, key)
     keep = committed.marker["attempt"] if committed else None
-    for path in store.filesystem.ls(store.path(stage, key), detail=False):
-        name = path.rstrip("/").rsplit("/", 1)[-1]
+    for path in _listed(store, store.path(stage, key)):
+        name = path.rsplit("/", 1)[-1]
         match = _ATTEMPT.fullmatch(name)
         # A marker that was not put in its place any more has the name of its attempt, and a dot.
         if match and (match[1] is None or match[1] != keep or name.startswith(".")):
             files = store.filesystem.find(path) or [path]
-            yield name, int(store.filesystem.du(path)), _newest(store, files)
+            yield name, store.size(stage, key, name), _newest(store, files)
 
 
 def _newest(store: Store, files: Sequence[str]) -> datetime | None:
-    """When the last of the files was written; None where the storage does not say."""
+    """When the last of the files was written; None where the storage does not say, or all of them are gone."""
     times = []
     for file in files:
         try:
             found = store.filesystem.modified(file)
         except NotImplementedError:
             return None
+        except FileNotFoundError:
+            continue  # its attempt was discarded meanwhile
         times.append(found if found.tzinfo else found.replace(tzinfo=UTC))
-    return max(times)
+    return max(times, default=None)
 
 
 def _children(store: Store, path: str) -> list[str]:
-    if not store.filesystem.isdir(path):
+    return [p for p in sorted(_listed(store, path)) if store.filesystem.isdir(p)]
+
+
+def _listed(store: Store, path: str) -> list[str]:
+    """What is in a folder of the store; nothing if it is gone."""
+    try:
+        return [p.rstrip("/") for p in store.filesystem.ls(path, detail=False)]
+    except FileNotFoundError:
         return []
-    found = [p.rstrip("/") for p in store.filesystem.ls(path, detail=False)]
-    return [p for p in sorted(found) if store.filesystem.isdir(p)]
 
 
 def _remove_attempt(store: Store, entry: Entry) -> None:

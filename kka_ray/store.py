@@ -317,9 +317,11 @@ class Store:
             stage, key = path.split("/")[-3:-1]
             yield stage, key
 
-    def size(self, stage: str, key: str) -> int:
-        """Bytes of everything below an output's folder."""
-        return int(self.filesystem.du(self.path(stage, key)))
+    def size(self, *parts: str) -> int:
+        """Bytes of a file, or of everything below a folder, without what goes while it is looked at."""
+        # Unlike `du` it asks for no file once more after it was listed.
+        found = self.filesystem.find(self.path(*parts), detail=True)
+        return sum(int(info.get("size") or 0) for info in found.values())
 
     def remove(self, stage: str, key: str) -> None:
         """Deletes an output: its marker first, so that no reader finds half of it."""

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -162,6 +163,30 @@ def test_old_attempts_go_and_young_ones_stay(store, tmp_path):
     assert left == {("fit", key): "used", ("fit", f"{key}/{young.name}"): "growing"}
     assert store.find("fit", key).read("data") == b"0123456789"
     assert not Path(store.path("render", "a" * 24)).exists()
+
+
+@pytest.mark.parametrize("call", range(1, 41))
+def test_what_vanishes_while_the_store_is_read_does_not_end_the_command(store, tmp_path, monkeypatch, call):
+    """Another process discards its attempt, or a finished job its checkpoint, at any moment."""
+    key = _make(store, "fit", {"n": 1})
+    _run(tmp_path / "runs", "demo", [["fit", key]])
+    attempt = Attempt(store, "fit", key)
+    for name in ("a", "sub/b"):
+        attempt.write(name, b"x" * 1000)
+    Checkpoints(store, "dpo", "b" * 24).write("training", b"x")
+    calls, stat = iter(range(1, call)), os.stat
+
+    def vanishing(path, **options):
+        if str(path).startswith(store.root) and next(calls, None) is None:
+            for folder in (store.path("fit", key, attempt.name), store.path("dpo")):
+                shutil.rmtree(folder, ignore_errors=True)
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", vanishing)
+        entries = collect(tmp_path / "runs", store.uri, delete=False).entries
+    assert [(e.state, e.size > 0) for e in entries if e.key == key] == [("used", True)]
+    assert {e.state for e in entries} <= {"used", "growing"}
 
 
 def test_old_checkpoints_go_and_young_ones_stay(store, tmp_path):
