@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kka_ray.detectors.tuned import TunedDetector
+from kka_ray.errors import ResourceError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.onnx import to_onnx
+from kka_ray.files import written
 
 
 def export_onnx(tuned: TunedDetector, file: Path) -> None:
@@ -18,8 +23,10 @@ def export_onnx(tuned: TunedDetector, file: Path) -> None:
     Input `images`: float32 (N, 3, S, S), RGB in 0..255, resized to the backbone's `image_size` S. Output `score`:
     float32 (N,), as `TunedDetector.score_images` gives. The model's metadata say S, the detector, and the threshold,
     median and MAD of the validation normals. Raises ConfigError if ONNX is not installed or the detector has no such
-    form.
+    form, ResourceError if the file cannot be written.
     """
+    with _writing(file):
+        _try(file)  # the conversion takes its time
     size, calibration = tuned.backbone.config.image_size, tuned.calibration
     whole = _Whole(tuned.backbone, tuned.detector.network(), tuned.detector.needs_patches)
     content = to_onnx(whole, torch.rand(2, 3, size, size) * 255, ["score"])
@@ -34,10 +41,26 @@ def export_onnx(tuned: TunedDetector, file: Path) -> None:
         "mad": calibration.normal.mad,
     }
     onnx.helper.set_model_props(model, {name: str(value) for name, value in about.items()})
-    partial = file.with_name(f".{file.name}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, partial)
-    partial.rename(file)
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written(file) as temporary:
+            onnx.save(model, temporary)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {file}: {error}; name another file, or make room there") from error
+
+
+def _try(file: Path) -> None:
+    """Raises OSError if a file cannot be made there; leaves nothing."""
+    if file.is_dir():
+        raise IsADirectoryError("it is a folder")
+    there = next(folder for folder in file.absolute().parents if folder.exists())
+    tempfile.TemporaryFile(dir=there).close()
 
 
 class _Whole(nn.Module):

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from kka_ray.config.models import DeepSvdd, EnergyHead, Knn, LinearHead, Mahalanobis, MlpHead, PatchCore, SimpleNet
+from kka_ray.detectors import export
 from kka_ray.detectors.export import export_onnx
 from kka_ray.detectors.tuned import TunedDetector
-from kka_ray.errors import ConfigError
+from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.onnx import session
 
@@ -56,6 +57,29 @@ def test_the_exported_model_gives_the_same_scores(config, backbone, tmp_path):
 def test_a_detector_without_such_a_form_says_so(backbone, tmp_path):
     with pytest.raises(ConfigError, match="PatchCoreDetector cannot be exported"):
         export_onnx(_fit(PatchCore(kind="patchcore"), backbone), tmp_path / "detector.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_conversion(backbone, tmp_path, monkeypatch):
+    tuned = _fit(Knn(kind="knn"), backbone)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "to_onnx", lambda *_: pytest.fail("it was converted"))
+    for place in (tmp_path, tmp_path / "file" / "detector.onnx", tmp_path / "file" / "sub" / "detector.onnx"):
+        with pytest.raises(ResourceError, match=r"cannot write .*name another file"):
+            export_onnx(tuned, place)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_nothing_of_a_model(backbone, tmp_path, monkeypatch):
+    import onnx
+
+    def fill(model, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save", fill)
+    with pytest.raises(ResourceError, match="No space left"):
+        export_onnx(_fit(Knn(kind="knn"), backbone), tmp_path / "detector.onnx")
     assert not list(tmp_path.iterdir())
 
 
