@@ -22,6 +22,7 @@ from rich.table import Table
 from kka_ray import assets
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
 from kka_ray.errors import StoreError
+from kka_ray.memory import physical_memory, usable_memory
 
 TEXT_MODEL = "builtin:minilm-l6-v2"
 """Every run embeds text with it."""
@@ -195,11 +196,9 @@ def _gpu_needs(config: RunConfig) -> list[str]:
 
 
 def _memory() -> str:
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    if allowed.isdecimal() and int(allowed) < size:
-        return f"{int(allowed) / 1e9:.1f} GB allowed to this container, of {size / 1e9:.1f} GB"
+    size, allowed = physical_memory(), usable_memory()
+    if allowed < size:
+        return f"{allowed / 1e9:.1f} GB allowed to this container, of {size / 1e9:.1f} GB"
     return f"{size / 1e9:.1f} GB"
 
 

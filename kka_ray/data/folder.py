@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from kka_ray.data.captions import fill, without_article
 from kka_ray.data.decode import TooLargeError, decode
 from kka_ray.data.splits import draw_groups, drop_seen, split_by_group, split_normals
 from kka_ray.errors import DataError
+from kka_ray.memory import usable_memory
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 """Files with other suffixes, and hidden files, are not taken for images."""
@@ -108,9 +108,11 @@ class FolderModule(DataModule):
         folder, found = self.root / "test", self._test_files()
         if {kind for _, kind in found} <= {GOOD}:
             return None
-        loaded = self._load([file for file, _ in found])
-        kind_of = dict(found)
         normals = self.normals()
+        # They stay in memory while the test images are there, too.
+        held = sum(image.nbytes for part in (normals.train, normals.validation) for image in part.images)
+        loaded = self._load([file for file, _ in found], held)
+        kind_of = dict(found)
         images = self._image_set(loaded, [kind_of[file] for file in loaded.files], captions_required=False)
         kept, seen = drop_seen(images, normals)
         if kept.anomalous.all() or not kept.anomalous.any():
@@ -138,8 +140,9 @@ class FolderModule(DataModule):
                 return folder
         return self.root
 
-    def _load(self, files: Sequence[Path]) -> _Loaded:
-        loaded, held = _Loaded([], [], []), 0
+    def _load(self, files: Sequence[Path], held: int = 0) -> _Loaded:
+        """Decodes files, beside `held` bytes of images that are there. Raises DataError if all fill the memory."""
+        loaded, allowed = _Loaded([], [], []), _SHARE_OF_MEMORY * usable_memory()
         for file in files:
             name = file.relative_to(self.root).as_posix()
             try:
@@ -152,11 +155,12 @@ class FolderModule(DataModule):
             loaded.files.append(file)
             loaded.images.append(image)
             held += image.nbytes
-            if held > _SHARE_OF_MEMORY * _memory():
+            if held > allowed:
                 raise DataError(
-                    f"{self.root}: {len(loaded.files)} of its {len(files)} images alone take {held / 1e9:.1f} GB, more "
-                    f"than {_SHARE_OF_MEMORY:.0%} of this machine's memory. The detectors look at far smaller ones "
-                    f"(backbone.image_size): scale them down first, as with `mogrify -resize '1024x1024>'` on a copy"
+                    f"{self.root}: its images up to {name}, {len(loaded.files)} of {len(files)}, alone take "
+                    f"{held / 1e9:.1f} GB, more than {_SHARE_OF_MEMORY:.0%} of the memory that may be used here. The "
+                    "detectors look at far smaller ones (backbone.image_size): scale them down first, as with "
+                    "`mogrify -resize '1024x1024>'` on a copy"
                 )
         return loaded
 
@@ -273,11 +277,6 @@ def read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
     if size > _BYTES_PER_PIXEL * max_pixels + _HEADER_BYTES:
         raise TooLargeError(f"{name}: the file has {size} bytes, more than {max_pixels} pixels can take; scale it down")
     return decode(file.read_bytes(), name, max_pixels)
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _group(name: str, pattern: str) -> str:

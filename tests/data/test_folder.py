@@ -264,9 +264,23 @@ def test_linked_folders_are_read_once(tmp_path, write_images):
 
 def test_images_that_would_fill_the_memory_are_refused(tmp_path, write_images, monkeypatch):
     write_images(tmp_path, 12)
-    monkeypatch.setattr("kka_ray.data.folder._memory", lambda: 1_000)
-    with pytest.raises(DataError, match=r"of its 12 images alone take .* GB, more than 50% of .* memory.*image_size"):
+    monkeypatch.setattr("kka_ray.data.folder.usable_memory", lambda: 1_000)
+    with pytest.raises(DataError, match=r"of 12, alone take .* GB, more than 50% of the memory.*image_size"):
         open_data(config(tmp_path), 0).normals()
+
+
+def test_test_images_count_together_with_the_normals(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path / "train" / "good", 12)
+    write_images(tmp_path / "test" / "good", 2, first=100)
+    write_images(tmp_path / "test" / "scratch", 2, first=200)
+    roomy = open_data(config(tmp_path), 0)
+    assert roomy.test() is not None
+    each = roomy.normals().train.images[0].nbytes
+    monkeypatch.setattr("kka_ray.data.folder.usable_memory", lambda: 2 * 15 * each)
+    data = open_data(config(tmp_path), 0)
+    data.normals()
+    with pytest.raises(DataError, match=r"up to test/scratch/201\.png, 4 of 4"):
+        data.test()
 
 
 def test_images_of_one_object_stay_together(tmp_path, write_images, picture):
