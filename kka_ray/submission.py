@@ -14,7 +14,7 @@ import shlex
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.markup import escape
 
 from kka_ray import tracking
 from kka_ray.config import RunConfig, load
+from kka_ray.config.loading import extended
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 
@@ -127,10 +128,14 @@ def entry(wanted: Submission, *, here: bool) -> str:
     relative = file.relative_to(folder).as_posix()
     if _excluded(relative):
         raise ConfigError(f"{relative} lies in a folder that is not uploaded ({', '.join(EXCLUDES)}); move it")
+    named: list[Path] = []
     if wanted.verb == "run":
         config, prefix = load(file, RunConfig, wanted.overrides), ""
     else:
-        config, prefix = load_sweep(file, wanted.overrides).base, "run."
+        sweep = load_sweep(file, wanted.overrides)
+        config, prefix = sweep.base, "run."
+        named = _files_of_run(sweep.config.run, file)
+    _check_uploaded([*extended(file), *named], file, folder, here=here)
     # Imported late: it brings Ray along.
     from kka_ray.experiment import absolute
 
@@ -155,6 +160,26 @@ def entry(wanted: Submission, *, here: bool) -> str:
             )
     options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
+
+
+def _files_of_run(run: str | Mapping[str, Any], sweep: Path) -> list[Path]:
+    """The files that a sweep's run is made of, relative to the sweep's folder or absolute."""
+    base = run if isinstance(run, str) else run.get("extends")
+    if base is None:
+        return []
+    return [Path(base), *(Path(base).parent / further for further in extended(sweep.parent / base))]
+
+
+def _check_uploaded(named: Sequence[Path], file: Path, folder: Path, *, here: bool) -> None:
+    """Raises ConfigError if a file that `file` names, relative to itself or absolute, is not there for the job."""
+    for name in named:
+        there = (file.parent / name).resolve()
+        uploaded = there.is_relative_to(folder) and not _excluded(there.relative_to(folder).as_posix())
+        if not (here if name.is_absolute() else uploaded):
+            raise ConfigError(
+                f"{file} names {name}, which the cluster does not get: uploaded is what lies below {folder} "
+                f"without {', '.join(EXCLUDES)}. Put it there, and name it relative to the file that extends it"
+            )
 
 
 def runtime_env(wanted: Submission, environ: Mapping[str, str], *, token: bool) -> dict[str, Any]:

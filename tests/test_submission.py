@@ -217,6 +217,57 @@ def test_what_would_fail_on_the_cluster_is_refused_here(
         entry(Submission(verb, repository / file, overrides, repository), here=False)
 
 
+@pytest.fixture
+def extending(repository: Path) -> Callable[[str], list[Submission]]:
+    """`extending(NAME)` are runs and sweeps of the repository that extend what `configs/NAME` is, in every way."""
+    configs = repository / "configs"
+    configs.mkdir()
+    sweep = {"name": "s", "parameters": {"loop.rounds": {"grid": [0, 1]}}}
+
+    def write(name: str) -> list[Submission]:
+        (configs / "direct.yaml").write_text(yaml.safe_dump({"extends": name}))
+        (configs / "indirect.yaml").write_text(yaml.safe_dump({"extends": "../configs/direct.yaml"}))
+        (configs / "named.yaml").write_text(yaml.safe_dump({**sweep, "run": name}))
+        (configs / "within.yaml").write_text(yaml.safe_dump({**sweep, "run": {"extends": "indirect.yaml"}}))
+        (configs / "further.yaml").write_text(yaml.safe_dump({"extends": "named.yaml"}))
+        shared = tuple(f"run.{o}" for o in SHARED)
+        return [
+            *(Submission("run", configs / f"{n}.yaml", SHARED, repository) for n in ("direct", "indirect")),
+            *(Submission("sweep", configs / f"{n}.yaml", shared, repository) for n in ("named", "within", "further")),
+        ]
+
+    return write
+
+
+def test_what_a_configuration_extends_must_be_uploaded(
+    repository: Path, extending: Callable[[str], list[Submission]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "base.yaml"
+    for file in (outside, repository / "runs" / "old" / "base.yaml"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / "run.yaml", file)
+    for wanted in extending("../run.yaml"):
+        assert entry(wanted, here=False)
+    for name in (os.path.relpath(outside, repository / "configs"), "../runs/old/base.yaml"):
+        for wanted in extending(name):
+            for here in (False, True):
+                with pytest.raises(ConfigError, match=f"{re.escape(name)}, which the cluster does not get"):
+                    entry(wanted, here=here)
+
+
+def test_what_is_extended_by_an_absolute_name_is_there_on_this_machine_alone(
+    repository: Path, extending: Callable[[str], list[Submission]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    shutil.copy(repository / "run.yaml", outside / "base.yaml")
+    (outside / "over.yaml").write_text(yaml.safe_dump({"extends": "base.yaml"}))
+    for name in (str(outside / "over.yaml"), str(repository / "run.yaml")):
+        for wanted in extending(name):
+            assert entry(wanted, here=True)
+            with pytest.raises(ConfigError, match=f"names {re.escape(name)}, which the cluster does not get"):
+                entry(wanted, here=False)
+
+
 def test_a_loopback_address_may_lead_elsewhere(
     dashboard: Callable[[str | None], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

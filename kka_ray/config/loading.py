@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -42,6 +42,25 @@ def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in _seen:
         raise ConfigError(f"{path} extends itself, by way of {' -> '.join(p.name for p in _seen)}")
+    values, base = _read_one(path)
+    return values if base is None else merge(read(path.parent / base, (*_seen, path)), values)
+
+
+def extended(path: Path) -> Iterator[Path]:
+    """What a YAML file that `read` takes extends, directly and by way of others.
+
+    Relative to the folder of `path`; absolute is what is named so, and what that extends. Raises ConfigError.
+    """
+    path = path.resolve()
+    _, base = _read_one(path)
+    if base is not None:
+        yield Path(base)
+        for further in extended(path.parent / base):
+            yield Path(base).parent / further
+
+
+def _read_one(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The mapping in a YAML file, and the name of what it extends."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -53,11 +72,9 @@ def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
+    if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: extends must name one file, as in `extends: demo.yaml`; it is {base!r}")
-    return merge(read(path.parent / base, (*_seen, path)), values)
+    return values, base
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
