@@ -458,8 +458,8 @@ def _deciding(config: SweepConfig) -> dict[str, Any]:
     """What the trials' results depend on, by dotted name: not how many there are, nor where they run."""
     values = config.model_dump(mode="json", include={"run", "parameters", "seed", "objective"})
     if isinstance(values["run"], dict):
-        elsewhere = ("cluster", "store", "tracking", "output")
-        values["run"] = {name: value for name, value in values["run"].items() if name not in elsewhere}
+        incidental = ("name", "cluster", "store", "tracking", "output")  # trials have names of their own
+        values["run"] = {name: value for name, value in values["run"].items() if name not in incidental}
     return dict(tracking.flatten(values))
 
 

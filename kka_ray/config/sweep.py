@@ -141,7 +141,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that was read: its configuration, the run that it starts from, and its trials."""
+    """A sweep that was read: its configuration, the run that it starts from, and its trials.
+
+    `config.run` holds the run's values with what they extend: a sweep is compared with an earlier one by them.
+    """
 
     config: SweepConfig
     base: RunConfig
@@ -161,6 +164,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     config = load(path, SweepConfig, overrides)
     values = _run_values(config.run, path)
     base = parse({"name": config.name, **values}, RunConfig, f"{path} (run)")
+    config = config.model_copy(update={"run": values})
     trials = []
     for number, point in enumerate(points(config)):
         name = f"{config.name}-{number:03d}"

@@ -108,6 +108,16 @@ def test_an_inline_run_extends_a_file_and_takes_overrides(tmp_path: Path) -> Non
     assert (sweep.base.name, sweep.base.loop.lines, sweep.config.concurrency) == ("base", 16, 2)
 
 
+@pytest.mark.parametrize("run", ["run.yaml", {"extends": "run.yaml", "loop": {"lines": 32}}])
+def test_a_sweep_holds_its_run_with_what_that_extends(tmp_path: Path, run: Any) -> None:
+    path = write(tmp_path, run=run, parameters={"loop.rounds": {"grid": [1]}})
+    own = {} if run == "run.yaml" else {"loop": {"lines": 32}}
+    before = load_sweep(path).config.run
+    assert before == {"name": "base", "data": {"kind": "flowers"}} | own
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "base", "data": {"kind": "flowers"}, "seed": 3}))
+    assert load_sweep(path).config.run == before | {"seed": 3}
+
+
 def test_a_champion_has_a_name_of_its_content(tmp_path: Path) -> None:
     first = load_sweep(write(tmp_path, parameters={"loop.rounds": {"grid": [1, 2]}}))
     second = load_sweep(write(tmp_path, parameters={"loop.rounds": {"grid": [2, 3]}}))
