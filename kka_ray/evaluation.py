@@ -87,7 +87,7 @@ class Evaluation:
     test_anomalies: int
 
     def summary(self, detector: str, arm: str) -> dict[str, Any] | None:
-        """Mean, standard deviation (of the sample, 0 for one seed) and each seed's AUC; None if it was not run."""
+        """Mean, standard deviation over fits to the same images, and each seed's AUC; None if it was not run."""
         values = [r.auc for r in self.rows if r.detector == detector and r.arm == arm]
         return spread(values) if values else None
 
@@ -97,8 +97,8 @@ class Evaluation:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation of the sample and the values themselves."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    """Mean, standard deviation of the sample (0 for one value, or equal ones) and the values themselves."""
+    std = float(np.std(values, ddof=1)) if len(set(values)) > 1 else 0.0
     return {"mean": float(np.mean(values)), "std": std, "per_seed": [float(v) for v in values]}
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kka_ray import places
-from kka_ray.report.wording import ARMS, cautions
+from kka_ray.report.wording import ARMS, auc, cautions
 
 if TYPE_CHECKING:
     from kka_ray.cluster.estimate import Estimate
@@ -191,7 +191,7 @@ def _detectors(summary: dict[str, Any]) -> Table:
     """A row a set of anomalies and a column a detector: there are few detectors, and a terminal is narrow."""
     detectors = summary["detectors"]
     given = {arm for row in detectors.values() for arm in row}
-    title = "AUC on the test images, mean ± std over seeds"
+    title = "AUC on the test images, mean ± std over fits to the same images"
     table = Table(title=title, caption="* the headline detector, served", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("anomalies")
     for kind in detectors:
@@ -199,5 +199,5 @@ def _detectors(summary: dict[str, Any]) -> Table:
     for arm in [*(a for a in ARMS if a in given), *sorted(given - set(ARMS))]:
         cells = (row.get(arm) for row in detectors.values())
         words = f"baseline ({ARMS[arm]})" if arm == "baseline" else ARMS.get(arm, arm)
-        table.add_row(words, *(f"{c['mean']:.4f} ± {c['std']:.4f}" if c else "" for c in cells))
+        table.add_row(words, *(auc(c) if c else "" for c in cells))
     return table

@@ -19,6 +19,7 @@ from kka_ray.evaluation import (
     headline_detector,
     metrics,
     normal_views,
+    spread,
     unseen_drawn_normals,
     verdict_weights,
 )
@@ -83,6 +84,12 @@ def test_measures_are_those_of_scores_worked_by_hand() -> None:
     assert found["aupr"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
     assert found["fpr95"] == pytest.approx(2 / 3), "both anomalies are found at a threshold of 2"
     assert metrics(-np.arange(5.0), anomalous)["auc"] == 0
+
+
+def test_equal_figures_have_no_spread() -> None:
+    assert spread([0.8871416666666667] * 3)["std"] == 0, "the rounding of their mean is none"
+    assert spread([0.5])["std"] == 0
+    assert spread([0.4, 0.6])["std"] == pytest.approx(0.02**0.5)
 
 
 def test_views_of_normals_are_as_many_as_those_of_anomalies() -> None:

@@ -53,4 +53,5 @@ def _environment() -> Environment:
         "position": wording.position,
         "signed": wording.signed,
     }
+    environment.tests["varied"] = wording.varies
     return environment

@@ -16,12 +16,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of one arm: its name, each seed's value, their mean and standard deviation."""
+    """Values of one arm: its name, each seed's value, their mean and standard deviation, and both in words."""
 
     name: str
     values: Sequence[float]
     mean: float
     std: float
+    words: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def spreads(rows: Sequence[Spread], name: str) -> Markup:
             *(f'<circle class="seed" cx="{x(v):.1f}" cy="{y:.1f}" r="4"/>' for v in row.values),
             _line((x(row.mean), y - 9), (x(row.mean), y + 9), f"mean{strong}"),
         ]
-    said = ", ".join(f"{r.name}: {r.mean:.4f} ± {r.std:.4f}" for r in rows)
+    said = ", ".join(f"{r.name}: {r.words}" for r in rows)
     return _svg(width, height, f"{name}. {said}", parts, "wide")
 
 

@@ -71,7 +71,9 @@ def result(run: RunFolder) -> dict[str, Any]:
             table.append({"name": wording.plain(kind, wording.DETECTORS), "headline": kind == headline, "cells": cells})
     own = detectors.get(headline, {})
     shown = [
-        charts.Spread(wording.plain(a, wording.ARMS), own[a]["per_seed"], own[a]["mean"], own[a]["std"])
+        charts.Spread(
+            wording.plain(a, wording.ARMS), own[a]["per_seed"], own[a]["mean"], own[a]["std"], wording.auc(own[a])
+        )
         for a in arms
         if a in own
     ]
@@ -84,6 +86,7 @@ def result(run: RunFolder) -> dict[str, Any]:
         "chart": charts.spreads(shown, f"AUC of {title}") if shown else None,
         "measures": _measures(run.evaluation, headline, arms),
         "seeds": max((len(s.values) for s in shown), default=0),
+        "varies": any(wording.varies(spread) for row in detectors.values() for spread in row.values()),
     }
 
 

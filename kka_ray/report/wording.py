@@ -111,6 +111,17 @@ def amount(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def varies(spread: Mapping[str, Any]) -> bool:
+    """Whether the fits differ at all: those of some detectors are the same whatever their seed, and have no spread."""
+    return len(set(spread["per_seed"])) > 1
+
+
+def auc(spread: Mapping[str, Any]) -> str:
+    """A mean, and its standard deviation where there is one."""
+    mean = f"{spread['mean']:.4f}"
+    return f"{mean}\u00a0±\u00a0{spread['std']:.4f}" if varies(spread) else mean  # not to be broken over two lines
+
+
 def budget_rule(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Which of the two rules set the budget."""
     if summary["budget_rule"] == "share":
@@ -134,26 +145,26 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
     baseline, zeroth, kka = (summary["auc"][arm] for arm in ("baseline", "zeroth", "kka"))
     kept = amount(sum(summary["kept"].values()), "kept image")
     if kka is None:
-        yield f"{detector} trained on normal images alone reaches an AUC of {_auc(baseline)} on the test images."
+        yield f"{detector} trained on normal images alone reaches an AUC of {auc(baseline)} on the test images."
         if summary["detector"] in IGNORE_ANOMALIES:
             yield "It ignores anomalies, so the kept images make no difference to it; the table shows the others."
         else:
             yield "No drawn image was kept, so there is nothing to compare it with."
         return
     if baseline is None:
-        yield f"{detector} needs anomalies to train on; with KKA's {kept} it reaches an AUC of {_auc(kka)}."
+        yield f"{detector} needs anomalies to train on; with KKA's {kept} it reaches an AUC of {auc(kka)}."
     else:
-        yield f"{detector} trained on normal images alone reaches an AUC of {_auc(baseline)} on the test images."
-        yield f"With KKA's {kept} it reaches {_auc(kka)}: {_change(baseline, kka)}."
+        yield f"{detector} trained on normal images alone reaches an AUC of {auc(baseline)} on the test images."
+        yield f"With KKA's {kept} it reaches {auc(kka)}: {_change(baseline, kka)}."
     if zeroth is not None:
-        yield f"The zero-th iteration, drawn before any preference training, gives {_auc(zeroth)}."
+        yield f"The zero-th iteration, drawn before any preference training, gives {auc(zeroth)}."
     controls = _controls(summary)
     if controls:
         name, best = max(controls.items(), key=lambda item: item[1]["mean"])
         gap = kka["mean"] - best["mean"]
         yield (
             f"The best control made without a language model, {plain(name, ARMS).removesuffix(' (control)')}, gives "
-            f"{_auc(best)}; KKA's distance to it is {signed(gap, 4)}."
+            f"{auc(best)}; KKA's distance to it is {signed(gap, 4)}."
         )
 
 
@@ -205,7 +216,7 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
         return
     if len(kka["per_seed"]) == 1:
         yield "Only one seed was run, so nothing is known of the spread: small differences may be chance."
-    elif len(set(kka["per_seed"])) == 1:
+    elif not varies(kka):
         yield "Every fit gives the same figure, so nothing is known of the spread: small differences may be chance."
     for name, control in _controls(summary).items():
         if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"]:
@@ -265,13 +276,13 @@ def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cautions_of_texts(summary: Mapping[str, Any]) -> Iterator[str]:
-    auc = summary.get("text_signal", {}).get("hard_auc")
-    if auc is not None and auc < _LITTLE and any(row["dpo"] for row in summary["rounds"]):
+    told = summary.get("text_signal", {}).get("hard_auc")
+    if told is not None and told < _LITTLE and any(row["dpo"] for row in summary["rounds"]):
         yield (
-            f"Which lines become hard images and which are rejected can hardly be told from their texts (AUC {auc:.2f} "
-            "for a linear model, 0.5 being chance), so preference training has little to learn from. A renderer that "
-            "follows its texts more closely would help, as would a hard band that most images lie on one side of "
-            "(confusion.upper)."
+            "Which lines become hard images and which are rejected can hardly be told from their texts (AUC "
+            f"{told:.2f} for a linear model, 0.5 being chance), so preference training has little to learn from. A "
+            "renderer that follows its texts more closely would help, as would a hard band that most images lie on one "
+            "side of (confusion.upper)."
         )
 
 
@@ -293,17 +304,13 @@ def _controls(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {arm: spread for arm, spread in row.items() if arm not in ("baseline", "zeroth", "kka")}
 
 
-def _auc(spread: Mapping[str, Any]) -> str:
-    if len(spread["per_seed"]) == 1:
-        return f"{spread['mean']:.4f}"
-    return f"{spread['mean']:.4f}\u00a0±\u00a0{spread['std']:.4f}"  # not to be broken over two lines
-
-
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     gain = after["mean"] - before["mean"]
     pairs = list(zip(before["per_seed"], after["per_seed"], strict=True))
     better = sum(b < a for b, a in pairs)
     if len(pairs) == 1:
         return f"a change of {signed(gain, 4)}, with one seed"
+    if not (varies(before) or varies(after)):
+        return f"a change of {signed(gain, 4)}, the same in every fit"
     seeds = f"all {len(pairs)}" if better == len(pairs) else f"{better} of {len(pairs)}"
     return f"a change of {signed(gain, 4)}, better in {seeds} seeds"

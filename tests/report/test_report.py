@@ -206,6 +206,19 @@ def test_says_where_the_images_had_no_part_in_the_figures(write_fake_run):
     assert "Every fit gives the same figure" in render(folder).text
 
 
+def test_fits_that_are_all_equal_have_no_spread(write_fake_run):
+    folder, summary = write_fake_run()
+    assert "the mean of 3 fits to the same images. What follows ± is their standard deviation" in render(folder).text
+    for spread in (*summary["auc"].values(), *(s for row in summary["detectors"].values() for s in row.values())):
+        spread |= {"per_seed": [spread["mean"]] * 3, "std": 1.4e-16}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = render(folder)
+    shown = [*page.attributes("aria-label"), page.text]
+    assert not [text for text in shown if "±" in text]
+    assert "the mean of 3 fits to the same images." in page.text
+    assert "the same in every fit" in page.text
+
+
 def test_without_test_anomalies_shows_threshold_and_normals_to_review(write_fake_run):
     folder, _ = write_fake_run(anomalies=False)
     page = render(folder)
