@@ -1,6 +1,8 @@
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kka_ray.benchmark import CHECKS, collect, demo, table
 from kka_ray.config.models import RunConfig
@@ -45,6 +47,37 @@ def test_means_over_the_seeds_are_held_against_the_ranges() -> None:
 )
 def test_a_measure_out_of_its_range_fails(run: dict, failed: str) -> None:
     assert not collect([run])["checks"][failed]["passed"]
+
+
+def test_a_seed_that_kept_no_image_is_a_gap_and_passes_no_check_of_it() -> None:
+    none = summary() | {"truth": {}, "generated_fraction": 0.0}
+    none["detectors"] = {"simplenet": {"baseline": {"mean": 0.9}}, "knn": {"baseline": {"mean": 0.91}}}
+    result = collect([none, summary()])
+    gain = result["checks"]["KKA minus zero-th"]
+    assert gain["per_seed"] == [None, pytest.approx(0.04)]
+    assert (gain["mean"], gain["passed"]) == (pytest.approx(0.04), False)
+    assert result["checks"]["truly normal among the kept"]["per_seed"] == [None, 0.02]
+    assert result["checks"]["better of the two without anomalies"]["per_seed"] == [0.91, 0.91]
+    assert result["auc"]["simplenet"]["noise"]["per_seed"] == [None, 0.91]
+    assert "0.0400 ± 0.0000 in 1 of 2 seeds" in shown(result)
+    alone = collect([none])
+    assert alone["checks"]["KKA minus zero-th"]["mean"] is None
+    assert "not measured" in shown(alone)
+    assert alone["auc"].keys() == {"simplenet", "knn"}
+
+
+def shown(result: dict) -> str:
+    heard = Console(file=StringIO(), width=200)
+    heard.print(table(result))
+    return heard.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("headline", ["fused", "knn"])
+def test_a_headline_that_lacks_an_arm_is_refused_before_the_first_run(tmp_path: Path, headline: str) -> None:
+    config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "detect": {"headline": headline}})
+    with pytest.raises(ConfigError, match=rf"a detect.headline that learns from anomalies .* \(it is {headline}\)"):
+        demo(config, 1, tmp_path / "demo.json", pytest.fail, pytest.fail, verbose=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_configuration_without_what_is_checked_is_refused_before_the_first_run(tmp_path: Path) -> None:
