@@ -290,13 +290,16 @@ def _fit_all(
     done: Callable[[int], None],
     ahead: Callable[[], train.Ahead | None] = lambda: None,
 ) -> dict[tuple[str, str, int], str]:
-    """Keys of all fits by (detector, arm, seed), made where they are missing; `done` hears how many are there."""
+    """Keys of all fits by (detector, arm, seed), made where they are missing; `done` hears how many are there.
+
+    Arms with the same set, as the zero-th and KKA's without rounds after the zero-th, share their fits.
+    """
     real_key, drawn_key = _train_keys(config, store, prepared, loop)
     shown = normal_views(config, prepared.normals.train.images, max(arm.count for arm in arms))
     normals_key = _put_views(store, prepared, shown)
     validation_key = _extracted(store, prepared, prepared.normals.validation)
     fits: dict[tuple[str, str, int], str] = {}
-    missing: list[dict[str, Any]] = []
+    missing: dict[str, dict[str, Any]] = {}
     for detector in config.detect.detectors:
         for arm in arms:
             if not takes(detector, arm.name != BASELINE):
@@ -319,17 +322,15 @@ def _fit_all(
                 key = stage_key("fit", FIT_VERSION, inputs)
                 fits[detector.kind, arm.name, seed] = key
                 if store.find("fit", key) is None:
-                    missing.append(
-                        {
-                            "detector": detector,
-                            "train": train_key,
-                            "anomalies": arm.features,
-                            "views": inputs["views"],
-                            "weights": arm.weights,
-                            "seed": inputs["seed"],
-                            "inputs": inputs,
-                        }
-                    )
+                    missing[key] = {
+                        "detector": detector,
+                        "train": train_key,
+                        "anomalies": arm.features,
+                        "views": inputs["views"],
+                        "weights": arm.weights,
+                        "seed": inputs["seed"],
+                        "inputs": inputs,
+                    }
     if missing:
         arguments = {
             "store": store.uri,
@@ -338,7 +339,7 @@ def _fit_all(
             "validation": validation_key,
             "false_positive_rate": config.detect.false_positive_rate,
             "share": config.detect.share,
-            "fits": missing,
+            "fits": list(missing.values()),
         }
         with _counting(store, list(fits.values()), done):
             workers = config.detect.workers
@@ -354,7 +355,7 @@ def _counting(store: Store, keys: list[str], done: Callable[[int], None]) -> Ite
     def look() -> None:
         while not stop.wait(_LOOK_SECONDS):
             missing.difference_update([key for key in missing if store.has("fit", key)])
-            done(len(keys) - len(missing))
+            done(sum(key not in missing for key in keys))
 
     thread = threading.Thread(target=look, name="kka-fits", daemon=True)
     thread.start()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kka_ray import places
-from kka_ray.report.wording import ARMS, auc, cautions
+from kka_ray.report.wording import arms, auc, cautions
 
 if TYPE_CHECKING:
     from kka_ray.cluster.estimate import Estimate
@@ -190,14 +190,14 @@ def _rounds(summary: dict[str, Any]) -> Table:
 def _detectors(summary: dict[str, Any]) -> Table:
     """A row a set of anomalies and a column a detector: there are few detectors, and a terminal is narrow."""
     detectors = summary["detectors"]
-    given = {arm for row in detectors.values() for arm in row}
     title = "AUC on the test images, mean ± std over fits to the same images"
     table = Table(title=title, caption="* the headline detector, served", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("anomalies")
     for kind in detectors:
         table.add_column(kind + (" *" if kind == summary["detector"] else ""), justify="right", no_wrap=True)
-    for arm in [*(a for a in ARMS if a in given), *sorted(given - set(ARMS))]:
-        cells = (row.get(arm) for row in detectors.values())
-        words = f"baseline ({ARMS[arm]})" if arm == "baseline" else ARMS.get(arm, arm)
-        table.add_row(words, *(auc(c) if c else "" for c in cells))
+    for arm, words in arms(summary).items():
+        cells = [row.get(arm) for row in detectors.values()]
+        if any(cells):
+            name = f"baseline ({words})" if arm == "baseline" else words
+            table.add_row(name, *(auc(c) if c else "" for c in cells))
     return table

@@ -12,6 +12,7 @@ from kka_ray import evaluation
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config.models import AnomalyWeights, BackboneConfig, DetectConfig, FlowersData, Knn, LinearHead, RunConfig
 from kka_ray.detectors import sources
+from kka_ray.detectors.tuned import VERSION as FIT_VERSION
 from kka_ray.errors import StageError
 from kka_ray.evaluation import (
     TRAINED,
@@ -65,13 +66,14 @@ def test_fits_are_counted_as_they_come_into_the_store(tmp_path: Path, monkeypatc
     monkeypatch.setattr(evaluation, "_LOOK_SECONDS", 0.02)
     store, heard = Store(str(tmp_path)), []
     keys = [stage_key("fit", 1, {"n": n}) for n in range(3)]
-    with evaluation._counting(store, keys, heard.append):
+    with evaluation._counting(store, [*keys, keys[0]], heard.append):  # one that two arms share
         for n in range(2):
             store.get_or_make("fit", 1, {"n": n}, lambda attempt: attempt.write("data", b"0"))
         deadline = time.monotonic() + 10
-        while 2 not in heard and time.monotonic() < deadline:
+        while 3 not in heard and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert heard[-1] == 2
+    assert heard[-1] == 3
+    assert set(heard) <= {0, 2, 3}
     assert not [thread for thread in threading.enumerate() if thread.name == "kka-fits"]
 
 
@@ -190,3 +192,13 @@ def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: 
     assert kinds.count(("knn", True)) == 2, "k-NN ignores anomalies, the head needs them"
     assert kinds.count(("fused", False)) == 2 * 4
     assert len(kinds) == 10
+
+    # Without a round of DPO the last set is the zero-th: two arms, and each fit is done once.
+    loop.rounds = rounds[:1]
+    asked.clear()
+    arms = evaluation._arms(config, store, prepared, loop)  # type: ignore[arg-type]
+    fits = evaluation._fit_all(config, store, prepared, loop, arms, lambda done: None)  # type: ignore[arg-type]
+    assert all(fits["fused", "zeroth", seed] == fits["fused", "kka", seed] for seed in range(2))
+    keys = [stage_key("fit", FIT_VERSION, fit["inputs"]) for fit in asked]
+    assert sorted(keys) == sorted(set(fits.values()))
+    assert len(keys) == len(fits) - 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,42 +61,41 @@ def page(run: RunFolder) -> dict[str, Any]:
 def result(run: RunFolder) -> dict[str, Any]:
     """The headline table, detectors by arms, the headline detector's other measures, and its seeds as a chart."""
     detectors, headline = run.summary["detectors"], run.summary["detector"]
-    arms = [a for a in ("baseline", "zeroth", "kka") if any(a in row for row in detectors.values())]
-    arms += sorted({a for row in detectors.values() for a in row} - set(arms))
+    given = {arm for row in detectors.values() for arm in row}
+    names = {arm: name for arm, name in wording.arms(run.summary).items() if arm in given}
     table = []
     for kind, row in detectors.items():
         if row:
             best = max(spread["mean"] for spread in row.values())
-            cells = [row[a] | {"best": len(row) > 1 and row[a]["mean"] == best} if a in row else None for a in arms]
+            cells = [row[a] | {"best": len(row) > 1 and row[a]["mean"] == best} if a in row else None for a in names]
             table.append({"name": wording.plain(kind, wording.DETECTORS), "headline": kind == headline, "cells": cells})
     own = detectors.get(headline, {})
     shown = [
-        charts.Spread(
-            wording.plain(a, wording.ARMS), own[a]["per_seed"], own[a]["mean"], own[a]["std"], wording.auc(own[a])
-        )
-        for a in arms
-        if a in own
+        charts.Spread(name, own[arm]["per_seed"], own[arm]["mean"], own[arm]["std"], wording.auc(own[arm]))
+        for arm, name in names.items()
+        if arm in own
     ]
     counts = {row["arm"]: row["count"] for row in run.evaluation}
     title = wording.plain(headline, wording.DETECTORS)
     return {
         "headline": title,
-        "arms": [{"name": wording.plain(a, wording.ARMS), "count": counts.get(a, 0)} for a in arms],
+        "ours": wording.ours(run.summary),
+        "arms": [{"name": name, "count": counts.get(arm, 0)} for arm, name in names.items()],
         "table": table,
         "chart": charts.spreads(shown, f"AUC of {title}") if shown else None,
-        "measures": _measures(run.evaluation, headline, arms),
+        "measures": _measures(run.evaluation, headline, names),
         "seeds": max((len(s.values) for s in shown), default=0),
         "varies": any(wording.varies(spread) for row in detectors.values() for spread in row.values()),
     }
 
 
-def _measures(evaluation: Rows, detector: str, arms: Sequence[str]) -> Rows:
+def _measures(evaluation: Rows, detector: str, names: Mapping[str, str]) -> Rows:
     out = []
-    for arm in arms:
+    for arm, name in names.items():
         rows = [r for r in evaluation if r["detector"] == detector and r["arm"] == arm]
         if rows:
             means = {k: float(np.mean([r[k] for r in rows])) for k in ("auc", "aupr", "fpr95", "fit_seconds")}
-            out.append({"arm": wording.plain(arm, wording.ARMS), "count": rows[0]["count"], **means})
+            out.append({"arm": name, "count": rows[0]["count"], **means})
     return out
 
 
@@ -252,6 +251,7 @@ def timings(run: RunFolder) -> dict[str, Any]:
     rows = run.summary["rounds"]
     stages = list(dict.fromkeys(k for r in rows for k in r["seconds"] if not k.endswith("_work")))
     work = list(dict.fromkeys(k for r in rows for k in r["seconds"] if k.endswith("_work")))
+    fits = {r["fit"]: r["fit_seconds"] for r in run.evaluation}  # arms with the same set share them
     table = [
         {
             "round": i,
@@ -267,7 +267,7 @@ def timings(run: RunFolder) -> dict[str, Any]:
         "table": table,
         "longest": max((row["total"] for row in table), default=0.0),
         "rounds": sum(row["total"] for row in table),
-        "fits": sum(r["fit_seconds"] for r in run.evaluation),
-        "fit_count": len(run.evaluation),
+        "fits": sum(fits.values()),
+        "fit_count": len(fits),
         "wall": run.summary["wall_seconds"],
     }

@@ -69,6 +69,18 @@ STAGES = {
 }
 
 
+def arms(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the arms. Where no round followed the zero-th, its set is the last one: no set is KKA's."""
+    if len(summary["rounds"]) > 1:
+        return ARMS
+    return {arm: ARMS["zeroth"] if arm == "kka" else words for arm, words in ARMS.items() if arm != "zeroth"}
+
+
+def ours(summary: Mapping[str, Any]) -> str:
+    """Whose the last set is, within a sentence."""
+    return "KKA" if len(summary["rounds"]) > 1 else "the zero-th iteration"
+
+
 def plain(name: str, names: Mapping[str, str]) -> str:
     """A name as people write it; one that is not known keeps its own, underscores aside."""
     return names.get(name, name.replace("_", " "))
@@ -152,11 +164,11 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
             yield "No drawn image was kept, so there is nothing to compare it with."
         return
     if baseline is None:
-        yield f"{detector} needs anomalies to train on; with KKA's {kept} it reaches an AUC of {auc(kka)}."
+        yield f"{detector} needs anomalies to train on; with {ours(summary)}'s {kept} it reaches an AUC of {auc(kka)}."
     else:
         yield f"{detector} trained on normal images alone reaches an AUC of {auc(baseline)} on the test images."
-        yield f"With KKA's {kept} it reaches {auc(kka)}: {_change(baseline, kka)}."
-    if zeroth is not None:
+        yield f"With {ours(summary)}'s {kept} it reaches {auc(kka)}: {_change(baseline, kka)}."
+    if zeroth is not None and len(summary["rounds"]) > 1:
         yield f"The zero-th iteration, drawn before any preference training, gives {auc(zeroth)}."
     controls = _controls(summary)
     if controls:
@@ -164,7 +176,7 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
         gap = kka["mean"] - best["mean"]
         yield (
             f"The best control made without a language model, {plain(name, ARMS).removesuffix(' (control)')}, gives "
-            f"{auc(best)}; KKA's distance to it is {signed(gap, 4)}."
+            f"{auc(best)}; {ours(summary)}'s distance to it is {signed(gap, 4)}."
         )
 
 
@@ -175,7 +187,7 @@ def _without_anomalies(summary: Mapping[str, Any], calibration: Mapping[str, Any
     if summary["detector"] in IGNORE_ANOMALIES:
         yield f"{detector} was fitted to normal images alone, as it ignores anomalies."
     elif kept:
-        yield f"{detector} was trained on the normal images and KKA's {amount(kept, 'kept image')}."
+        yield f"{detector} was trained on the normal images and {ours(summary)}'s {amount(kept, 'kept image')}."
     else:
         yield f"{detector} was trained on normal images alone, as no drawn image was kept."
     yield (
@@ -191,7 +203,8 @@ def _loop(summary: Mapping[str, Any]) -> Iterator[str]:
         return
     first, last = rounds[0], rounds[-1]
     if len(rounds) == 1:
-        yield f"One round was run; {percent(first['hard_rate'])} of its lines became hard images."
+        hard = percent(first["hard_rate"])
+        yield f"One round was run, the zero-th, without preference training; {hard} of its lines became hard images."
         return
     yield (
         f"Of the lines that the language model wrote, {percent(first['hard_rate'])} became hard images in round 0 and "
@@ -221,14 +234,14 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, control in _controls(summary).items():
         if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"]:
             yield (
-                f"The control {plain(name, ARMS).removesuffix(' (control)')} has KKA's very figures, seed by seed: the "
-                "images had no part in them, and what differs from normals only is not their doing."
+                f"The control {plain(name, ARMS).removesuffix(' (control)')} has {ours(summary)}'s very figures, seed "
+                "by seed: the images had no part in them, and what differs from normals only is not their doing."
             )
     for name, control in _controls(summary).items():
         if control["mean"] >= kka["mean"]:
             yield (
-                f"The control {plain(name, ARMS).removesuffix(' (control)')} does at least as well as KKA: this run "
-                "shows no gain from what the language model knows."
+                f"The control {plain(name, ARMS).removesuffix(' (control)')} does at least as well as "
+                f"{ours(summary)}: this run shows no gain from what the language model knows."
             )
     baseline = summary["auc"]["baseline"]
     if baseline is not None and baseline["mean"] >= kka["mean"]:

@@ -219,6 +219,28 @@ def test_fits_that_are_all_equal_have_no_spread(write_fake_run):
     assert "the same in every fit" in page.text
 
 
+def test_a_run_without_rounds_after_the_zeroth_has_no_set_of_kka_s(write_fake_run):
+    folder, summary = write_fake_run(rounds=1, trained=False)
+    for row in summary["detectors"].values():  # both arms are of one set, as `evaluation` makes them
+        if "kka" in row:
+            row["zeroth"] = row["kka"]
+    summary["auc"]["zeroth"] = summary["auc"]["kka"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = render(folder)
+    body = page.text.replace(f"{summary['name']} – KKA report", "").replace("KKA run", "")
+    assert "KKA" not in body
+    assert not [label for label in page.attributes("aria-label") if "KKA" in label]
+    heads = [
+        " ".join(head.split())
+        for head in re.findall(r'<th scope="col" class="number">(.*?)</th>', (folder / "report.html").read_text())
+    ]
+    assert [head.partition("<")[0] for head in heads[:4]] == [
+        *("normals only", "zero-th iteration", "noise (control)", "CutPaste (control)"),
+    ]
+    assert "With the zero-th iteration's 100 kept images it reaches" in page.text
+    assert "One round was run, the zero-th, without preference training" in page.text
+
+
 def test_without_test_anomalies_shows_threshold_and_normals_to_review(write_fake_run):
     folder, _ = write_fake_run(anomalies=False)
     page = render(folder)
@@ -285,7 +307,7 @@ def test_reading_says_in_how_many_seeds_kka_is_better(write_fake_run):
 
 
 def test_cautions_name_a_control_that_does_as_well(write_fake_run):
-    _, summary = write_fake_run(rounds=1, lines=32, trained=False)
+    _, summary = write_fake_run(rounds=2, lines=32, trained=False)
     assert not any("does at least as well as KKA" in c for c in wording.cautions(summary))
     summary["detectors"]["simplenet"]["noise"]["mean"] = summary["auc"]["kka"]["mean"]
     assert any("The control noise does at least as well as KKA" in c for c in wording.cautions(summary))
