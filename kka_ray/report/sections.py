@@ -141,6 +141,8 @@ def judge(run: RunFolder) -> dict[str, Any]:
         "histogram": charts.histogram(run.normal_hardness, by_label, *edges),
         "maps": _maps(run.latent),
         "audit": audit,
+        # As the judge does, which leaves fewer than four out.
+        "drawn_normals": run.config["confusion"]["drawn_normals"] and run.config["render"]["normals"] >= 4,
     }
 
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 import kka_ray.report
@@ -340,6 +341,21 @@ def test_an_empty_band_is_said(write_fake_run):
     page = render(folder)
     assert "The hard band is empty" in page.text
     assert not [1 for tag, attrs in page.tags if tag == "rect" and attrs.get("class") == "band"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "drawn"),
+    [("render", "normals", 64, True), ("render", "normals", 3, False), ("confusion", "drawn_normals", False, False)],
+)
+def test_says_what_the_normals_of_the_auditor_are(write_fake_run, section, key, value, drawn):
+    folder, _ = write_fake_run(rounds=1, lines=32, trained=False)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config[section][key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    text = " ".join(render(folder).text.split())
+    assert "validation normals, once a fold (1,200)" in text
+    assert ("both real ones and drawings of normal captions" in text) == drawn
+    assert ("Every validation normal is there once for each fold" in text) == (not drawn)
 
 
 def test_histogram_says_what_lies_outside():
