@@ -27,8 +27,9 @@ from kka_ray.cluster.streaming import Pools
 from kka_ray.config import config_hash, dump, load
 from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, RunConfig
 from kka_ray.data.decode import encode_png
+from kka_ray.detectors import outside
 from kka_ray.detectors.tuned import Scores, TunedDetector
-from kka_ray.errors import ConfigError, ResourceError
+from kka_ray.errors import ConfigError, DataError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -88,6 +89,7 @@ def _run(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     _check_libraries(config)
+    _check_outside(config, 1)
     hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
@@ -102,6 +104,7 @@ def _run(
             for warning in warnings(config, store, prepared):
                 say(warning)
             loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
+            _check_outside(config, loop.budget)
             result = loop.run()
         evaluation = evaluate(config, store, prepared, result, progress, loop.take_ahead)
         tuned = headline_detector(config, store, prepared, evaluation)
@@ -430,6 +433,17 @@ def _check_libraries(config: RunConfig) -> None:
             "preference.load_in_4bit needs bitsandbytes, which is not installed here: pip install -e '.[quantised]', "
             "or train on the whole model with -o preference.load_in_4bit=false"
         )
+
+
+def _check_outside(config: RunConfig, count: int) -> None:
+    """Raises DataError if so many images cannot be drawn from `detect.outside`, which is not done before the end."""
+    folder = config.detect.outside
+    if folder is None or "outside" not in config.detect.controls:
+        return
+    try:
+        outside.draw(folder, count, config.seed)
+    except DataError as error:
+        raise DataError(f"detect.outside: {error}. Or leave outside out of detect.controls") from error
 
 
 def _check_room(store: Store) -> None:

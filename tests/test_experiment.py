@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from kka_ray import assets, experiment
 from kka_ray.config import RunConfig, config_hash, load
 from kka_ray.data.decode import encode_png
-from kka_ray.errors import ConfigError, ResourceError
+from kka_ray.errors import ConfigError, DataError, ResourceError
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.places import Place, opened
 from kka_ray.prepare import prepare
@@ -252,6 +252,47 @@ def test_a_library_that_half_of_a_run_later_is_missing_is_named_before_it(
     with pytest.raises(ConfigError, match=r"bitsandbytes.*'\.\[quantised\]'"):
         experiment.run(config, lambda *_: None, print)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outside_images_that_are_not_there_are_named_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "claim", lambda *_: pytest.fail("the run began"))
+    (tmp_path / "empty").mkdir()
+    for folder, said in (("gone", "is no folder"), ("empty", "holds 0 images")):
+        detect = {"controls": ["outside"], "outside": str(tmp_path / folder)}
+        with pytest.raises(DataError, match=rf"detect\.outside: .*/{folder} {said}.*out of detect\.controls"):
+            experiment.run(run_config(output=str(tmp_path / "runs"), detect=detect), lambda *_: None, pytest.fail)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_outside_images_end_a_run_before_a_line_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    for n in range(3):
+        (others / f"{n}.png").write_bytes(encode_png(np.full((8, 8, 3), 80 * n, np.uint8)))
+
+    class FakeLoop(Anything):
+        budget = 3
+
+        def run(self) -> Any:
+            raise Began
+
+    class Began(Exception):
+        pass
+
+    for name in ("make_plan", "session", "nodes", "Pools", "prepare", "warnings"):
+        monkeypatch.setattr(experiment, name, Anything())
+    monkeypatch.setattr(experiment, "Loop", lambda *_, **__: FakeLoop())
+    detect = {"controls": ["outside"], "outside": str(others)}
+    config = run_config(output=str(tmp_path / "runs"), store={"uri": str(tmp_path / "store")}, detect=detect)
+    with pytest.raises(Began):
+        experiment.run(config, lambda *_: None, pytest.fail)
+    FakeLoop.budget = 4
+    with pytest.raises(DataError, match=r"detect\.outside: .*holds 3 images, but 4 outside images are wanted"):
+        experiment.run(config, lambda *_: None, pytest.fail)
 
 
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="run `kka setup`")
