@@ -190,7 +190,7 @@ def _rounds(summary: dict[str, Any]) -> Table:
 def _detectors(summary: dict[str, Any]) -> Table:
     """A row a set of anomalies and a column a detector: there are few detectors, and a terminal is narrow."""
     detectors = summary["detectors"]
-    title = "AUC on the test images, mean ± std over fits to the same images"
+    title = "AUC on the test images, mean ± std over fits"
     table = Table(title=title, caption="* the headline detector, served", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("anomalies")
     for kind in detectors:

@@ -35,7 +35,7 @@ def page(run: RunFolder) -> dict[str, Any]:
     """Everything that the template shows."""
     return {
         "summary": run.summary,
-        "budget_rule": wording.budget_rule(run.summary, run.config),
+        "budget_rule": wording.budget_rule(run.summary),
         "config": run.config,
         "config_text": run.config_text,
         "calibration": run.calibration,
@@ -71,7 +71,9 @@ def result(run: RunFolder) -> dict[str, Any]:
             table.append({"name": wording.plain(kind, wording.DETECTORS), "headline": kind == headline, "cells": cells})
     own = detectors.get(headline, {})
     shown = [
-        charts.Spread(name, own[arm]["per_seed"], own[arm]["mean"], own[arm]["std"], wording.auc(own[arm]))
+        charts.Spread(
+            wording.short(name), own[arm]["per_seed"], own[arm]["mean"], own[arm]["std"], wording.auc(own[arm])
+        )
         for arm, name in names.items()
         if arm in own
     ]
@@ -214,7 +216,7 @@ def dpo(run: RunFolder) -> dict[str, Any]:
             by_round.setdefault(f"round {row['round']}", []).append((row["step"], row[key]))
         if by_round:
             shown.append({"title": title, "svg": charts.curves(by_round, title)})
-    rejected = [wording.REJECTED[kind] for kind in run.config["preference"]["rejected"]]
+    rejected = wording.listed([f"to {wording.REJECTED[kind]}" for kind in run.config["preference"]["rejected"]])
     return {"table": table, "charts": shown, "rejected": rejected, "signal": run.summary.get("text_signal", {})}
 
 

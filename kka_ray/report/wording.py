@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kka_ray.config.models import IGNORE_ANOMALIES
@@ -86,6 +86,16 @@ def plain(name: str, names: Mapping[str, str]) -> str:
     return names.get(name, name.replace("_", " "))
 
 
+def listed(things: Sequence[str]) -> str:
+    """Things one after the other: 'a', 'a and b', 'a, b and c'."""
+    return ", ".join([*things[:-2], " and ".join(things[-2:])])
+
+
+def short(arm: str) -> str:
+    """An arm's name where it is said, or room is too little to say, that it is a control."""
+    return arm.removesuffix(" (control)")
+
+
 def count(value: int) -> str:
     """A whole number with thousands marked."""
     return f"{value:,}"
@@ -134,11 +144,10 @@ def auc(spread: Mapping[str, Any]) -> str:
     return f"{mean}\u00a0±\u00a0{spread['std']:.4f}" if varies(spread) else mean  # not to be broken over two lines
 
 
-def budget_rule(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def budget_rule(summary: Mapping[str, Any]) -> str:
     """Which of the two rules set the budget."""
-    if summary["budget_rule"] == "share":
-        return f"{percent(config['loop']['budget'])} of the normals"
-    return "the least number that the configuration asks for"
+    rule = "share" if summary["budget_rule"] == "share" else "least number"
+    return f"the {rule} that the configuration asks for"
 
 
 def has_auc(summary: Mapping[str, Any]) -> bool:
@@ -175,7 +184,7 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
         name, best = max(controls.items(), key=lambda item: item[1]["mean"])
         gap = kka["mean"] - best["mean"]
         yield (
-            f"The best control made without a language model, {plain(name, ARMS).removesuffix(' (control)')}, gives "
+            f"The best control made without a language model, {short(plain(name, ARMS))}, gives "
             f"{auc(best)}; {ours(summary)}'s distance to it is {signed(gap, 4)}."
         )
 
@@ -206,10 +215,11 @@ def _loop(summary: Mapping[str, Any]) -> Iterator[str]:
         hard = percent(first["hard_rate"])
         yield f"One round was run, the zero-th, without preference training; {hard} of its lines became hard images."
         return
+    before, after = (f"{row['diversity']:.2f}" for row in (first, last))
+    diversity = f"stayed at {after}" if before == after else f"went from {before} to {after}"
     yield (
         f"Of the lines that the language model wrote, {percent(first['hard_rate'])} became hard images in round 0 and "
-        f"{percent(last['hard_rate'])} in round {len(rounds) - 1}, while the diversity of the lines went from "
-        f"{first['diversity']:.2f} to {last['diversity']:.2f}."
+        f"{percent(last['hard_rate'])} in round {len(rounds) - 1}, while the diversity of the lines {diversity}."
     )
 
 
@@ -234,13 +244,13 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, control in _controls(summary).items():
         if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"]:
             yield (
-                f"The control {plain(name, ARMS).removesuffix(' (control)')} has {ours(summary)}'s very figures, seed "
+                f"The control {short(plain(name, ARMS))} has {ours(summary)}'s very figures, seed "
                 "by seed: the images had no part in them, and what differs from normals only is not their doing."
             )
     for name, control in _controls(summary).items():
         if control["mean"] >= kka["mean"]:
             yield (
-                f"The control {plain(name, ARMS).removesuffix(' (control)')} does at least as well as "
+                f"The control {short(plain(name, ARMS))} does at least as well as "
                 f"{ours(summary)}: this run shows no gain from what the language model knows."
             )
     baseline = summary["auc"]["baseline"]
@@ -325,5 +335,5 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         return f"a change of {signed(gain, 4)}, with one seed"
     if not (varies(before) or varies(after)):
         return f"a change of {signed(gain, 4)}, the same in every fit"
-    seeds = f"all {len(pairs)}" if better == len(pairs) else f"{better} of {len(pairs)}"
-    return f"a change of {signed(gain, 4)}, better in {seeds} seeds"
+    fits = f"all {len(pairs)}" if better == len(pairs) else f"{better} of {len(pairs)}"
+    return f"a change of {signed(gain, 4)}, better in {fits} fits"

@@ -304,7 +304,26 @@ def test_reading_says_in_how_many_seeds_kka_is_better(write_fake_run):
     worse = [baseline[0] - 0.01, baseline[1] + 0.02, baseline[2] + 0.02]
     summary["auc"]["kka"] |= {"per_seed": worse, "mean": float(np.mean(worse))}
     text = wording.reading(summary, {})
-    assert "a change of +0.0100, better in 2 of 3 seeds" in text
+    assert "a change of +0.0100, better in 2 of 3 fits" in text
+
+
+def test_reading_says_what_became_of_the_diversity(write_fake_run):
+    _, summary = write_fake_run(rounds=2, lines=32, trained=False)
+    assert "the diversity of the lines went from 0.41 to 0.38" in wording.reading(summary, {})
+    summary["rounds"][1]["diversity"] = 0.408
+    assert "the diversity of the lines stayed at 0.41" in wording.reading(summary, {})
+
+
+def test_words_of_preference_training_and_budget(write_fake_run):
+    folder, _ = write_fake_run()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["preference"]["rejected"] = ["easy", "normal_like", "guarded"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    page = " ".join(render(folder).text.split())
+    assert "preferred to easy ones, to normal-like ones and to those that the guard refused." in page
+    assert "5.0 % of the normals (budget 100, the share that the configuration asks for)" in page
+    assert re.search(r"easy beyond [\d.]+ The outermost bars hold .* of the auditor\.", page)
+    assert [wording.listed(list("abc")[:n]) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
 def test_cautions_name_a_control_that_does_as_well(write_fake_run):
