@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str, teacher: 
         shutil.rmtree(partial)
     halved = copy.deepcopy(average).cpu().half()
     _pipeline(halved, teacher).save_pretrained(partial, safe_serialization=True)
+    _forget_folder(partial / "transformer" / "config.json")
     (partial / "README.md").write_text(card)
     size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size > MAX_BYTES:
@@ -59,6 +61,13 @@ def export_pipeline(average: FlowTransformer, target: Path, card: str, teacher: 
         shutil.rmtree(target)
     partial.rename(target)
     return target
+
+
+def _forget_folder(config: Path) -> None:
+    """Takes out of a saved network's configuration the folder that it was once loaded from."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _pipeline(network: FlowTransformer, teacher: Teacher | None) -> KkaFlowPipeline:

@@ -243,6 +243,13 @@ def test_export_refuses_what_is_too_large(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_do_not_tell_the_folder_that_they_once_lay_in(pipeline: KkaFlowPipeline, tmp_path: Path) -> None:
+    first = export_pipeline(pipeline.transformer, tmp_path / "first", "card")
+    again = export_pipeline(KkaFlowPipeline.from_pretrained(first).transformer, tmp_path / "second", "card")
+    for folder in (again, *assets.SHIPPED.values()):
+        assert "_name_or_path" not in json.loads((folder / "transformer" / "config.json").read_text())
+
+
 def test_minilm_texts_do_not_depend_on_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if not assets.is_present("builtin:minilm-l6-v2"):
