@@ -264,9 +264,18 @@ class ConfusionConfig(Strict):
         "band", description="paper: hard <= max of the normals + 0, easy = the worst"
     )
     lower_quantile: float = Field(0.95, ge=0, le=1, description="of validation normals: closer is normal-like")
+    lower: float = Field(
+        0.0, ge=0, description="lower edge of the hard band in MADs above the normal median, where the quantile is less"
+    )
     upper: float = Field(5.0, gt=0, description="upper edge of the hard band, in MADs above the normal median")
     gap: float = Field(1.0, ge=0, description="easy begins this many MADs above the hard band")
     paper_easy: int = Field(100, ge=1, description="rule paper: so many images with the largest scores are easy")
+
+    @model_validator(mode="after")
+    def _band_has_width(self) -> ConfusionConfig:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower ({self.lower:g}) must be less than upper ({self.upper:g}): nothing would be hard")
+        return self
 
 
 # --- prefer -------------------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class Band:
 
     @classmethod
     def of(cls, validation_hardness: np.ndarray, config: ConfusionConfig) -> Band:
-        """The band whose lower edge is the configured quantile of validation normals' hardness."""
-        lower = float(np.quantile(validation_hardness, config.lower_quantile))
+        """The band whose lower edge is the configured quantile of validation normals' hardness, or `config.lower`."""
+        lower = max(float(np.quantile(validation_hardness, config.lower_quantile)), config.lower)
         return cls(lower, config.upper, config.upper + config.gap)
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from pydantic import ValidationError
 
 from kka_ray.config.models import ConfusionConfig
 from kka_ray.confusion.hardness import Band, Scale, paper_labels
@@ -39,6 +41,15 @@ def test_labels_follow_the_band_with_a_gap_between_hard_and_easy() -> None:
     hard = [v for v in np.linspace(-5, 20, 999) if band.label(v) == "hard"]
     easy = [v for v in np.linspace(-5, 20, 999) if band.label(v) == "easy"]
     assert min(easy) - max(hard) >= 2
+
+
+def test_the_lower_edge_is_the_quantile_of_the_normals_or_the_configured_one_if_that_is_more() -> None:
+    validation = Scale.of(NORMALS).hardness(NORMALS)
+    quantile = float(np.quantile(validation, 0.95))
+    edges = [Band.of(validation, ConfusionConfig(lower=lower, upper=9)).lower for lower in (0.0, quantile + 1)]
+    assert edges == [quantile, quantile + 1]
+    with pytest.raises(ValidationError, match="nothing would be hard"):
+        ConfusionConfig(lower=5, upper=5)
 
 
 def test_a_band_below_the_normals_edge_is_empty() -> None:
