@@ -235,6 +235,9 @@ class Pool:
             if len(worker.failures) >= _SEVERAL:
                 self._give_up(worker)
                 break
+        else:
+            if worker.ended and not worker.items:  # done as it was ended: no chunk is left to tell of its death
+                self._replace(worker, worker.ended)
         return results
 
     def _loaded(self, worker: _Worker) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.errors import ConfigError, StageError
@@ -95,6 +96,26 @@ def test_workers_that_only_fail_end_the_run(make: Any) -> None:
 def test_a_row_that_hangs_is_found(make: Any) -> None:
     results = work(make(chunk_attempts=1, chunk_timeout=0.5), fakes.rows("hang", "ok"))
     assert results == {0: {"0-hang": "not done within 0.5 s", "1-ok": ""}}
+
+
+def test_a_worker_that_is_ended_as_it_gets_done_is_replaced(make: Any) -> None:
+    """Nothing of it is in flight any more that would tell of its death."""
+    pool = make()
+    pool.submit(0, fakes.rows("ok"))
+    while not pool._workers[0].items:
+        ray.wait(pool.references)
+        assert pool.collect() == []
+    ray.wait(pool.references)
+    pool._workers[0].since -= 2 * pool.config.chunk_timeout
+    pool._end_hung()
+    assert pool.collect() == [(0, {"0-ok": ""})]
+    pool.submit(1, fakes.rows("ok"))
+    deadline = time.monotonic() + 60
+    results = []
+    while not results and time.monotonic() < deadline:
+        ray.wait(pool.references, timeout=0.1)
+        results = pool.collect()
+    assert results == [(1, {"0-ok": ""})]
 
 
 def test_a_chunk_that_fails_only_as_a_whole_ends_the_run(make: Any) -> None:
