@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from kka_ray.cluster.placement import ask, release, reserve
 from kka_ray.config.models import ClusterConfig, PoolConfig
@@ -141,7 +141,7 @@ class Pool:
         """(chunk number, result) of what is ready. Replaces dead and hung workers, and hands out more chunks.
 
         Raises StageError if workers cannot be started or do nothing but fail, or if a chunk fails for no row's sake,
-        ResourceError if none gets a place, and the errors of ours that a worker raised.
+        ResourceError if none gets a place or its runtime environment, and the errors of ours that a worker raised.
         """
         results = []
         waited_for = self.references
@@ -168,11 +168,11 @@ class Pool:
                 continue
             try:
                 ray.get(call)
-            except RayActorError as error:
-                log.warning("%s: a worker died while it was idle: %s", self.name, str(error).splitlines()[0])
             except RayTaskError as error:
                 log.warning("%s: a worker cannot sleep: %s", self.name, str(error).splitlines()[-1])
                 ray.kill(worker.actor)
+            except RayError as error:
+                log.warning("%s: a worker died while it was idle: %s", self.name, str(error).splitlines()[0])
 
     def stop(self) -> None:
         """Ends the actors, gives their places back and forgets what they were doing."""
@@ -243,17 +243,21 @@ class Pool:
     def _loaded(self, worker: _Worker) -> None:
         try:
             ray.get(worker.loading)
-        except RayActorError as error:
+        except RayTaskError as error:
+            if isinstance(error.cause, KkaError):
+                raise error.cause from None
+            raise StageError(f"{self.name}: a worker cannot load its model: {error}") from error
+        except RuntimeEnvSetupError as error:
+            raise ResourceError(
+                f"{self.name}: the packages or variables of cluster.{self.name}.runtime_env cannot be set up: {error}"
+            ) from error
+        except RayError as error:  # it died, its node did, or Ray ended it for lack of memory
             self._bad_starts += 1
             if self._bad_starts > self.config.max_restarts:
                 raise StageError(
                     f"{self.name}: {self._bad_starts} workers in succession died as they started; the last: {error}"
                 ) from error
             self._replace(worker, str(error))
-        except RayTaskError as error:
-            if isinstance(error.cause, KkaError):
-                raise error.cause from None
-            raise StageError(f"{self.name}: a worker cannot load its model: {error}") from error
         else:
             self._bad_starts = 0
             del self._owner[worker.loading]

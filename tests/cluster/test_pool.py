@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from kka_ray.cluster.pool import Pool, drain
-from kka_ray.errors import ConfigError, StageError
+from kka_ray.errors import ConfigError, ResourceError, StageError
 from tests.cluster import fakes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -131,6 +132,27 @@ def test_a_mistake_of_the_user_is_passed_on_as_it_is(make: Any) -> None:
 def test_a_model_that_cannot_be_loaded_says_so(make: Any) -> None:
     with pytest.raises(ConfigError, match="no such model"):
         work(make(start="mistake"), fakes.rows("ok"))
+
+
+@pytest.mark.parametrize(
+    ("why", "error", "said"),
+    [
+        (RuntimeEnvSetupError("pip found no such thing"), ResourceError, r"(?s)cluster\.fakes\.runtime_env.*no such"),
+        (OutOfMemoryError("the node was short of memory"), StageError, "1 workers .*died as they started.*memory"),
+    ],
+)
+def test_what_ray_cannot_start_is_an_error_of_ours(
+    make: Any, monkeypatch: pytest.MonkeyPatch, why: Exception, error: type[Exception], said: str
+) -> None:
+    """Neither is an error of the actor, in Ray's terms."""
+
+    def get(_: Any) -> None:
+        raise why
+
+    pool = make(max_restarts=0)
+    monkeypatch.setattr("kka_ray.cluster.pool.ray.get", get)
+    with pytest.raises(error, match=said):
+        work(pool, fakes.rows("ok"))
 
 
 @pytest.mark.slow
