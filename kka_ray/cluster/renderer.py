@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kka_ray import assets, tracking
 from kka_ray.cluster import train
 from kka_ray.cluster.session import session
-from kka_ray.config.loading import dump
+from kka_ray.config.loading import dump, load
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.errors import AssetError, ConfigError, DataError, StageError
@@ -80,7 +80,8 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
     A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
     NAME-K of its own, K being the checkpoint's step. The training itself stays as it is and can go on. Raises
-    ConfigError if it has no checkpoint, or one of another training (see `train_renderer`).
+    ConfigError if it has no checkpoint, or one of another training (see `train_renderer`), or if NAME-K was begun with
+    other steps.
     """
     from safetensors import safe_open
 
@@ -98,6 +99,14 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
     training = config.training.model_copy(update={"steps": total, "decay_from": reached / total, "ema": ema})
     branch = config.model_copy(update={"name": f"{config.name}-{reached}", "training": training})
     target = folder.with_name(branch.name)
+    if (target / "config.yaml").is_file():
+        before = load(target / "config.yaml", RendererConfig).training.steps - reached
+        if before != steps:
+            # Its checkpoint has left the plateau: with another end its learning rate would rise again, or not fall.
+            raise ConfigError(
+                f"{target} was begun with --steps {before}, not {steps}: give the same number to go on with it, or "
+                "delete or rename that folder to finish the checkpoint anew"
+            )
     (target / "checkpoint").mkdir(parents=True, exist_ok=True)
     for name in (_DATA, f"checkpoint/{CHECKPOINT}"):
         if not (target / name).exists():

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
-from kka_ray.cluster.renderer import _data, _identity, _Track, train_renderer
+from kka_ray.cluster.renderer import _data, _identity, _Track, finish_renderer, train_renderer
 from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import RendererConfig
@@ -76,6 +76,30 @@ def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_pat
     for change in ("training.steps=9", "training.ema=0.5", "training.decay_from=0.5", "samples_every=7", "workers=2"):
         with pytest.raises(InterruptedError):
             train_renderer(config(change), lambda _: None)
+
+
+def test_a_checkpoint_is_not_finished_with_other_steps_in_the_same_folder(tmp_path: Path, monkeypatch) -> None:
+    """What is there has left the plateau: more steps would begin far from it, and fewer would be none."""
+
+    def reached(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("kka_ray.cluster.renderer.session", reached)
+    file, folder = tmp_path / "tiny.yaml", tmp_path / "tiny"
+    file.write_text(CONFIG)
+    config = load(file, RendererConfig, [f"output={tmp_path}"])
+    learner = Trainer(tiny.flow_transformer(), Settings(steps=1), identity=_identity(config))
+    learner.step = 30
+    learner.save(folder / "checkpoint")
+    (folder / "data.safetensors").touch()
+    for steps in (20, 20):  # begun, and gone on with
+        with pytest.raises(InterruptedError):
+            finish_renderer(config, steps, lambda _: None)
+    before = (tmp_path / "tiny-30" / "config.yaml").read_text()
+    for steps in (10, 40):
+        with pytest.raises(ConfigError, match=rf"tiny-30 was begun with --steps 20, not {steps}"):
+            finish_renderer(config, steps, lambda _: None)
+    assert (tmp_path / "tiny-30" / "config.yaml").read_text() == before
 
 
 def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> None:
