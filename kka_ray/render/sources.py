@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from kka_ray.config.models import FlowersData
+from kka_ray.config.models import FlowersData, FolderData
 from kka_ray.config.renderer import DataSource, FlowersSource, ParquetSource, RendererConfig
 from kka_ray.data import flowers, open_data
 from kka_ray.data.base import content_hash
@@ -70,6 +70,10 @@ def state_of_files(config: RendererConfig) -> str:
             for file in sorted(path for path in root.rglob("*") if path.is_file()):
                 stat = file.stat()
                 digest.update(f"{file.relative_to(root)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+            captions = _captions_outside(source, root)
+            if captions and captions.is_file():
+                stat = captions.stat()
+                digest.update(f"{captions}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -79,6 +83,14 @@ def _roots(source: FlowersSource | DataSource | ParquetSource, data: Path) -> li
     if isinstance(source, FlowersSource) or isinstance(source.data, FlowersData):
         return []
     return [data / source.data.path]
+
+
+def _captions_outside(source: FlowersSource | DataSource | ParquetSource, root: Path) -> Path | None:
+    """The CSV with a folder's captions, where it does not lie in that folder."""
+    if not isinstance(source, DataSource) or not isinstance(source.data, FolderData) or source.data.captions is None:
+        return None
+    file = (root / source.data.captions).resolve()
+    return None if file.is_relative_to(root.resolve()) else file
 
 
 def _draw_flowers(source: FlowersSource, processes: int) -> tuple[Sequence[np.ndarray], list[str]]:

@@ -134,3 +134,16 @@ def test_a_source_that_changed_is_noticed(folder: Path) -> None:
     assert state_of_files(config(folder)) != before
     flowers = config(folder).model_dump() | {"sources": [{"kind": "flowers", "count": 4}]}
     state_of_files(parse(flowers, RendererConfig, "test"))  # nothing is read
+
+
+def test_captions_outside_of_their_folder_that_changed_are_noticed(folder: Path) -> None:
+    (folder.parent / "cups").mkdir()
+    table = folder.parent / "captions.csv"
+    table.write_text("file,caption\n")
+    data = {"kind": "folder", "path": "cups", "description": "a cup", "captions": "../captions.csv"}
+    values = config(folder).model_dump() | {"sources": [{"kind": "data", "data": data}]}
+    cups = parse(values | {"data": str(folder.parent)}, RendererConfig, "test")
+    before = state_of_files(cups)
+    assert state_of_files(cups) == before
+    table.write_text("file,caption\n1.png,a blue cup\n")
+    assert state_of_files(cups) != before
