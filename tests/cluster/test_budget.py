@@ -8,6 +8,7 @@ def test_what_is_allowed_is_the_smaller_of_share_and_number() -> None:
     assert ErrorBudget("x", 50, ClusterConfig(max_failed_share=0.1)).allowed == 5
     assert ErrorBudget("x", 50, ClusterConfig(max_failed_share=0.1, max_failed_rows=3)).allowed == 3
     assert ErrorBudget("x", 50, ClusterConfig(max_failed_share=0.1, max_failed_rows=9)).allowed == 5
+    assert ErrorBudget("x", 180, ClusterConfig(max_failed_share=0.35)).allowed == 63
 
 
 def test_one_too_many_ends_the_run_and_says_why() -> None:
