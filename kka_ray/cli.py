@@ -27,8 +27,9 @@ app.add_typer(bench_app, name="bench")
 renderer_app = typer.Typer(help="Train text-to-image renderers.", no_args_is_help=True)
 app.add_typer(renderer_app, name="renderer")
 
-console = Console()
-errors = Console(stderr=True)
+# What is printed are users' own texts: `:x:` is no cross.
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 Override = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="section.key=value, read as YAML; may be given again")

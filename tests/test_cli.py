@@ -72,23 +72,23 @@ def test_resume_does_not_work_in_another_folder_than_it_is_given(
     assert CliRunner().invoke(cli.app, ["resume", str(tmp_path / "copy")]).exit_code == 0
 
 
-def test_square_brackets_of_an_error_are_printed(
+def test_square_brackets_and_colons_of_an_error_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They would be taken for markup."""
+    """They would be taken for markup and for emoji."""
 
     def fail(**_: object) -> None:
-        raise ResourceError("pip install -e '.[onnx]'")
+        raise ResourceError("pip install -e '.[onnx]' a:x:b")
 
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "pip install -e '.[onnx]'" in capsys.readouterr().err
+    assert "pip install -e '.[onnx]' a:x:b" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_yaml_whatever_the_texts_hold(tmp_path: Path) -> None:
-    texts = {"instruction": "[INST] Flowers [/INST] [b]rare[/b]:", "contrast": "Rare flowers, " * 12 + "other:"}
+    texts = {"instruction": "[INST] Flowers [/INST] [b]rare[/b] 1:on:2:", "contrast": "Rare flowers, " * 12 + "other:"}
     given = [part for name, text in texts.items() for part in ("-o", f"describe.{name}={json.dumps(text)}")]
     done = CliRunner().invoke(cli.app, ["run", str(ROOT / "configs" / "demo.yaml"), "--dry-run", *given])
     assert done.exit_code == 0
