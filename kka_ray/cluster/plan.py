@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kka_ray import assets
 from kka_ray.config.models import PoolConfig, RunConfig
-from kka_ray.errors import ResourceError
+from kka_ray.errors import AssetError, ResourceError
 
 _SLACK = 1e-6
 
@@ -169,10 +169,17 @@ def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, 
 
 
 def weights_bytes(reference: str) -> int | None:
-    """Bytes of the safetensors that a model is loaded from; None if it is not on this machine."""
+    """Bytes of the safetensors that a model is loaded from; None if it is not on this machine.
+
+    Raises AssetError if its index names a file that is not there.
+    """
     if not assets.is_present(reference):
         return None
-    return sum(file.stat().st_size for file in _weights(assets.resolve(reference).path))
+    files = _weights(assets.resolve(reference).path)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise AssetError(f"the model {reference} is incomplete: {missing[0]} is missing; copy or fetch it again")
+    return sum(file.stat().st_size for file in files)
 
 
 def _weights(folder: Path) -> list[Path]:

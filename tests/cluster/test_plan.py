@@ -12,7 +12,7 @@ from kka_ray.cluster.plan import Plan, make_plan, weights_bytes
 from kka_ray.cluster.streaming import computes_on, render_config, sample_config, sampler_config
 from kka_ray.config import load
 from kka_ray.config.models import ClusterConfig, FlowersData, LoopConfig, PoolConfig, PreferenceConfig, RunConfig
-from kka_ray.errors import ResourceError
+from kka_ray.errors import AssetError, ResourceError
 from kka_ray.store import Attempt, Store
 
 
@@ -182,3 +182,11 @@ def test_only_what_is_loaded_weighs(tmp_path: Path, files: list[str], loaded: li
         index = {"weight_map": {"a": "first.safetensors", "b": "second.safetensors", "c": "first.safetensors"}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weights_bytes(str(tmp_path)) == sum((tmp_path / name).stat().st_size for name in loaded)
+
+
+def test_a_model_without_one_of_its_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "first.safetensors").write_bytes(b"x")
+    index = {"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(AssetError, match=r"second\.safetensors is missing"):
+        weights_bytes(str(tmp_path))
