@@ -134,7 +134,7 @@ def entry(wanted: Submission, *, here: bool) -> str:
     else:
         sweep = load_sweep(file, wanted.overrides)
         config, prefix = sweep.base, "run."
-        named = _files_of_run(sweep.config.run, file)
+        named = _files_of_run(sweep.extends, file)
     _check_uploaded([*extended(file), *named], file, folder, here=here)
     # Imported late: it brings Ray along.
     from kka_ray.experiment import absolute
@@ -162,9 +162,8 @@ def entry(wanted: Submission, *, here: bool) -> str:
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
 
 
-def _files_of_run(run: str | Mapping[str, Any], sweep: Path) -> list[Path]:
-    """The files that a sweep's run is made of, relative to the sweep's folder or absolute."""
-    base = run if isinstance(run, str) else run.get("extends")
+def _files_of_run(base: str | None, sweep: Path) -> list[Path]:
+    """What a sweep's run extends, directly and by way of others, relative to the sweep's folder or absolute."""
     if base is None:
         return []
     return [Path(base), *(Path(base).parent / further for further in extended(sweep.parent / base))]

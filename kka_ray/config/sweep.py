@@ -144,11 +144,13 @@ class Sweep:
     """A sweep that was read: its configuration, the run that it starts from, and its trials.
 
     `config.run` holds the run's values with what they extend: a sweep is compared with an earlier one by them.
+    `extends` is the file that they extend, relative to the sweep's folder or absolute, if there is one.
     """
 
     config: SweepConfig
     base: RunConfig
     trials: tuple[Trial, ...]
+    extends: str | None = None
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -164,6 +166,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     config = load(path, SweepConfig, overrides)
     values = _run_values(config.run, path)
     base = parse({"name": config.name, **values}, RunConfig, f"{path} (run)")
+    extends = config.run if isinstance(config.run, str) else config.run.get("extends")
     config = config.model_copy(update={"run": values})
     trials = []
     for number, point in enumerate(points(config)):
@@ -176,7 +179,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
                 f"{path}: the headline detector {trial.config.detect.headline!r} ignores anomalies, so every trial "
                 "would come out the same. Set run.detect.headline to simplenet, head or fused"
             )
-    return Sweep(config, base, tuple(trials))
+    return Sweep(config, base, tuple(trials), None if extends is None else str(extends))
 
 
 def points(config: SweepConfig) -> list[dict[str, JsonValue]]:
