@@ -266,11 +266,18 @@ def _hub_snapshot(name: str, *, local_only: bool) -> Path:
 
 
 def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
-    """A pattern of the weights in half precision where a pipeline's repository holds them in full precision as well."""
+    """A pattern of the weights in half precision where a pipeline's repository holds them in full precision as well.
+
+    Nothing where the hub does not answer: then nothing is fetched, and the cache has what it has.
+    """
     from huggingface_hub import list_repo_files
 
-    weights = [f for f in list_repo_files(repository, revision=wanted["revision"]) if f.endswith(".safetensors")]
-    return ["*.fp16.*"] if any("/" in f and ".fp16." not in f for f in weights) else []
+    try:
+        files = list_repo_files(repository, revision=wanted["revision"])
+    except Exception:  # of many types, as above; what cannot be had is said by who fetches it
+        return []
+    weights = [file for file in files if file.endswith(".safetensors")]
+    return ["*.fp16.*"] if any("/" in file and ".fp16." not in file for file in weights) else []
 
 
 def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:

@@ -74,3 +74,18 @@ def test_weights_in_half_precision_are_fetched_only_where_there_are_no_others(
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: files)
     assets._hub_snapshot("org/name", local_only=False)
     assert ("*.fp16.*" in ignored) == left_out
+
+
+def test_a_pipeline_in_the_cache_is_had_where_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a fake, whose client finds the cached files by itself and refuses to list what there is."""
+
+    def unreachable(*_: object, **__: object) -> list[str]:
+        raise ConnectionError("no network")
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "P", "unet": ["diffusers", "U"]}))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model_index.json"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
+    assert assets._hub_snapshot("org/name", local_only=False) == tmp_path
