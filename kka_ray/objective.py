@@ -30,7 +30,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from kka_ray.cluster.streaming import Pools
-from kka_ray.config.models import RunConfig
+from kka_ray.config.models import SEEDS, RunConfig
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
 from kka_ray.evaluation import UNSEEN, fit_headline
@@ -43,8 +43,8 @@ from kka_ray.store import Store
 FEWEST = 5
 """Images that a reference has at least."""
 _LABELS = ("hard", "between")
-_APART, _SEEDS = 500_000, 4_000_000
-"""What is added to the configuration's seed, and how many seeds there are."""
+_APART = 500_000
+"""What is added to the configuration's seed."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress
     are hard or between.
     """
     loop = config.loop.model_copy(update={"rounds": 0})
-    zeroth = config.model_copy(update={"loop": loop, "seed": (config.seed + _APART) % _SEEDS})
+    zeroth = config.model_copy(update={"loop": loop, "seed": (config.seed + _APART) % SEEDS})
     with closing(Pools(zeroth, store.uri)) as pools:
         return reference_of(Loop(zeroth, store, prepared, progress, pools).run())
 

@@ -27,7 +27,7 @@ from rich.markup import escape
 
 from kka_ray import tracking
 from kka_ray.config import RunConfig, load
-from kka_ray.config.loading import extended
+from kka_ray.config.loading import extended, with_extended
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 
@@ -134,7 +134,7 @@ def entry(wanted: Submission, *, here: bool) -> str:
     else:
         sweep = load_sweep(file, wanted.overrides)
         config, prefix = sweep.base, "run."
-        named = _files_of_run(sweep.extends, file)
+        named = [] if sweep.extends is None else [*with_extended(sweep.extends, file.parent)]
     _check_uploaded([*extended(file), *named], file, folder, here=here)
     # Imported late: it brings Ray along.
     from kka_ray.experiment import absolute
@@ -160,13 +160,6 @@ def entry(wanted: Submission, *, here: bool) -> str:
             )
     options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
-
-
-def _files_of_run(base: str | None, sweep: Path) -> list[Path]:
-    """What a sweep's run extends, directly and by way of others, relative to the sweep's folder or absolute."""
-    if base is None:
-        return []
-    return [Path(base), *(Path(base).parent / further for further in extended(sweep.parent / base))]
 
 
 def _check_uploaded(named: Sequence[Path], file: Path, folder: Path, *, here: bool) -> None:

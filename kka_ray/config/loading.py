@@ -54,9 +54,14 @@ def extended(path: Path) -> Iterator[Path]:
     path = path.resolve()
     _, base = _read_one(path)
     if base is not None:
-        yield Path(base)
-        for further in extended(path.parent / base):
-            yield Path(base).parent / further
+        yield from with_extended(base, path.parent)
+
+
+def with_extended(name: str, folder: Path) -> Iterator[Path]:
+    """A YAML file that is named in a folder, and all that it extends; as `extended` has them."""
+    yield Path(name)
+    for further in extended(folder / name):
+        yield Path(name).parent / further
 
 
 def _read_one(path: Path) -> tuple[dict[str, Any], str | None]:

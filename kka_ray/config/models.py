@@ -13,6 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from kka_ray.config.samplers import ApiSampler, Sampler, TransformersSampler, VllmSampler
 from kka_ray.config.strict import Strict
 
+SEEDS = 4_000_000
+"""How many seeds a run may have: a round's, a thousand times as large, still fits 32 bits."""
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -714,7 +717,7 @@ class RunConfig(Strict):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
-    seed: int = Field(0, ge=0, lt=4_000_000, description="of everything that is drawn at random")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="of everything that is drawn at random")
     data: Data
     backbone: BackboneConfig = BackboneConfig()
     describe: DescribeConfig = DescribeConfig()
