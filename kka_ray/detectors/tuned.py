@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
-from kka_ray.files import write_json, written
+from kka_ray.files import sha256, write_json, written
 
 VERSION = 24
 """Part of the store's keys; raised when what is fitted changes."""
@@ -186,7 +185,7 @@ class TunedDetector:
         tensors, state = self.detector.state()
         with written(folder / "detector.safetensors") as file:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-            tensors_sha256 = _sha256(file)
+            tensors_sha256 = sha256(file)
         values: dict[str, Any] = {
             "format": _FORMAT,
             "detector": self.config.model_dump(mode="json"),
@@ -211,7 +210,7 @@ class TunedDetector:
         saved = _read(folder / "detector.json")
         weights = folder / "detector.safetensors"
         try:
-            found, tensors = _sha256(weights), load_file(weights)
+            found, tensors = sha256(weights), load_file(weights)
         except (OSError, SafetensorError) as error:
             raise AssetError(f"{folder} holds no readable detector: {error}") from error
         if saved.tensors_sha256 not in (None, found):
@@ -249,11 +248,6 @@ def _read(file: Path) -> _Saved:
         return _Saved.model_validate(values)
     except ValidationError as error:
         raise AssetError(f"{file} was written by another version of kka_ray: {error}") from error
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_backbone(folder: Path, backbone: Backbone, wanted: BackboneConfig, identity: str) -> None:
