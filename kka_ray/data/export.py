@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from kka_ray.data.base import content_hash
 from kka_ray.data.decode import FORMATS, decode
 from kka_ray.data.parquet import read_rows
 from kka_ray.data.splits import draw_groups
+from kka_ray.data.target import new_folder
 from kka_ray.errors import DataError
 
 _COLUMNS = ["image", "class_name", "superclass", "source", "mask", "group"]
@@ -58,23 +57,20 @@ def export_folder(
     name of its image and `_mask.png`. Nothing is left behind if the export fails.
 
     Raises DataError if the rows cannot be read, an image or mask is damaged, a mask has another size than its image,
-    there are fewer than two normal-only groups, a class name is no folder name, or `target` is not empty.
+    there are fewer than two normal-only groups, a class name is no folder name, or `target` is not empty; ResourceError
+    if it cannot be written.
     """
     if not 0 < test_share < 1:
         raise DataError(f"test_share must lie between 0 and 1, got {test_share}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} is there already and is not an empty folder; name another target or delete it")
-    files = sorted(parquet.glob("*.parquet")) if parquet.is_dir() else [parquet]
-    if not files:
-        raise DataError(f"{parquet} holds no *.parquet file; name the file or the folder of the data set")
-    rows = read_rows(files, _COLUMNS)
-    _check_names(rows, normal, parquet)
-    train_groups = _train_groups(rows, normal, test_share, seed, parquet)
-    # Training rows first, so that of a picture in both parts the training copy stays.
-    order = sorted(range(len(rows)), key=lambda i: _group(rows[i], i) not in train_groups)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        work = Path(temporary) / "out"
+    with new_folder(target) as work:
+        files = sorted(parquet.glob("*.parquet")) if parquet.is_dir() else [parquet]
+        if not files:
+            raise DataError(f"{parquet} holds no *.parquet file; name the file or the folder of the data set")
+        rows = read_rows(files, _COLUMNS)
+        _check_names(rows, normal, parquet)
+        train_groups = _train_groups(rows, normal, test_share, seed, parquet)
+        # Training rows first, so that of a picture in both parts the training copy stays.
+        order = sorted(range(len(rows)), key=lambda i: _group(rows[i], i) not in train_groups)
         done, seen = Exported(), set[str]()
         for i in order:
             image = decode(rows[i]["image"] or b"", f"{parquet}: {rows[i]['source']}")
@@ -85,9 +81,6 @@ def export_folder(
             seen.add(digest)
             part = "train" if _group(rows[i], i) in train_groups else "test"
             _write(rows[i], i, part, rows[i]["superclass"] == normal, image.shape[:2], work, done)
-        if target.exists():
-            target.rmdir()
-        shutil.move(work, target)
     return done
 
 
