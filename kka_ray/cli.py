@@ -269,6 +269,28 @@ def export(
     _say(f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects")
 
 
+@app.command("import")
+def import_set(
+    name: Annotated[
+        str, typer.Argument(metavar="SET", help="cifar100, cifar10, oxford102, ucm_captions or magnetic_tile")
+    ],
+    source: Annotated[Path, typer.Argument(help="folder in which the authors' archives were unpacked")],
+    target: Annotated[Path, typer.Argument(help="folder to make, for data.path")],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="pixels of the short side that larger pictures are scaled down to")
+    ] = None,
+) -> None:
+    """Writes a data set, as its authors publish it, as the Parquet files that runs read."""
+    from kka_ray.data.importing import import_set as convert
+    from kka_ray.terminal import Reporter
+
+    with Reporter(console) as reporter:
+        done = convert(
+            name, source, target, size=size, progress=lambda done, total: reporter.progress("import", -1, done, total)
+        )
+    _say(f"{target}: {', '.join(f'{count} {split}' for split, count in done.items())}")
+
+
 def _commented(plan: object) -> str:
     """A plan as comments of the YAML above it."""
     return "\n".join(f"# {line}" for line in ("resource plan", *str(plan).splitlines()))

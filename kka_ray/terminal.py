@@ -27,6 +27,7 @@ _TITLES = {
     "audit": "audit",
     "detect": "detect",
     "evaluate": "test images",
+    "import": "pictures",
 }
 
 

@@ -20,7 +20,7 @@ def shards(folder: str | Path, split: str) -> list[Path]:
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))
     if not files:
         what = "has no" if Path(folder).is_dir() else "is not a folder and so has no"
-        raise DataError(f"{folder} {what} {split}-*.parquet; set data.path to the folder of the data set")
+        raise DataError(f"{folder} {what} {split}-*.parquet; set data.path to a folder that `kka import` made")
     return files
 
 
