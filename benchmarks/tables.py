@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kka_ray import assets
+from kka_ray.benchmark import in_words
 from kka_ray.detectors import DETECTORS, tuned
 from kka_ray.detectors.sources import KINDS
 from kka_ray.report import wording
@@ -52,7 +53,7 @@ def demo(result: Mapping[str, Any]) -> str:
         verdict = "yes" if check["passed"] else "**no**"
         if check["passed"] and check.get("low") == 0 and check["mean"] < check["std"]:
             verdict = "within the spread"
-        rows.append([name, f"{check['mean']:.4f} ± {check['std']:.4f}", check["wanted"], verdict])
+        rows.append([name, in_words(check), check["wanted"], verdict])
     head = f"Mean and standard deviation over {result['seeds']} seeds of the whole loop.\n\n"
     signals = [run["text_signal"] for run in result["runs"] if run.get("text_signal", {}).get("hard_auc") is not None]
     signal = ""
@@ -345,7 +346,7 @@ def _detectors(detectors: Mapping[str, Mapping[str, Any]]) -> str:
     arms = [a for a in _ARMS if any(a in row for row in detectors.values())]
     rows = [["detector", *(_ARMS[a] for a in arms)]]
     for kind, row in detectors.items():
-        rows.append([kind, *(f"{row[a]['mean']:.4f} ± {row[a]['std']:.4f}" if row.get(a) else "" for a in arms)])
+        rows.append([kind, *(in_words(row[a]) if row.get(a) else "" for a in arms)])
     return _table(rows) if arms else "There are no test anomalies, hence no AUC.\n"
 
 

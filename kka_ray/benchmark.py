@@ -153,11 +153,11 @@ def table(result: dict[str, Any]) -> Table:
     for name in ("measure", "mean ± std", "wanted", ""):
         out.add_column(name, justify="left" if name == "measure" else "right")
     for name, row in result["checks"].items():
-        out.add_row(name, _words(row), row["wanted"], "yes" if row["passed"] else "no")
+        out.add_row(name, in_words(row), row["wanted"], "yes" if row["passed"] else "no")
     return out
 
 
-def _words(row: Mapping[str, Any]) -> str:
+def in_words(row: Mapping[str, Any]) -> str:
     """Mean and spread of a row, and of how many seeds they are where some have no figure."""
     values = row["per_seed"]
     if row["mean"] is None:

@@ -52,3 +52,13 @@ def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: Modu
     assert "5 seeds (fidelity: 3)" in text
     assert "top-1 | 0.2500 ± 0.0123 |" in text
     assert "| 0.6000 ± 0.1000 |" in text
+
+
+def test_a_check_that_no_seed_could_measure_is_said_to_be_not_measured(tables: ModuleType) -> None:
+    """As where no seed kept an image."""
+    none = {"mean": None, "std": None, "per_seed": [None, None]}
+    some = {"mean": 0.9, "std": 0.0, "per_seed": [None, 0.9]}
+    checks = {"KKA minus zero-th": none | {"low": 0.0, "wanted": "> 0", "passed": False}}
+    text = tables.demo({"seeds": 2, "checks": checks, "auc": {"simplenet": {"baseline": some}}, "runs": [{}, {}]})
+    assert "| KKA minus zero-th | not measured | > 0 | **no** |" in text
+    assert "| simplenet | 0.9000 ± 0.0000 in 1 of 2 seeds |" in text
