@@ -21,7 +21,7 @@ from kka_ray import assets, versions
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
 from kka_ray.cluster.streaming import Drawn, Pools, Streamer
-from kka_ray.config.models import ApiSampler, LoopConfig, RunConfig
+from kka_ray.config.models import ApiSampler, LoopConfig, RunConfig, share_of
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
@@ -92,8 +92,7 @@ class LoopResult:
 
 def budget(config: LoopConfig, normals: int) -> int:
     """Images that are kept of so many normals (training and validation): the share of them, or the least number."""
-    # Never more than the share, but for what rounding does to the product.
-    return max(int(config.budget * normals + 1e-6), config.min_budget)
+    return max(share_of(config.budget, normals), config.min_budget)
 
 
 class Loop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from kka_ray.config.models import ClusterConfig
+from kka_ray.config.models import ClusterConfig, share_of
 from kka_ray.errors import StageError
 
 
@@ -24,7 +24,7 @@ class ErrorBudget:
 
     def __init__(self, what: str, rows: int, config: ClusterConfig) -> None:
         self.what, self.rows = what, rows
-        self.allowed = int(config.max_failed_share * rows + 1e-6)  # 0.35 of 180 are 63, whatever rounding does
+        self.allowed = share_of(config.max_failed_share, rows)
         if config.max_failed_rows is not None:
             self.allowed = min(self.allowed, config.max_failed_rows)
         self.failed: dict[str, str] = {}

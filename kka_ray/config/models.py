@@ -16,6 +16,12 @@ from kka_ray.config.strict import Strict
 SEEDS = 4_000_000
 """How many seeds a run may have: a round's, a thousand times as large, still fits 32 bits."""
 
+
+def share_of(share: float, total: int) -> int:
+    """So many of `total` as a share allows, whatever rounding does to the product: 0.35 of 180 are 63."""
+    return int(share * total + 1e-6)
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
