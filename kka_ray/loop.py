@@ -240,12 +240,12 @@ class Loop:
         text_of = {p.id: p.text for p in result.prompts}
         sampler = self.config.describe.sampler
         measured = not isinstance(sampler, ApiSampler) or sampler.echo
-        key_inputs = {"raw": _digest(raw), "perplexity": measured, **self.streamer.sampler_inputs()}
+        asked, lines = [text_of[prompt_id] for prompt_id, _ in raw], [line for _, line in raw]
+        key_inputs = {"lines": _digest([asked, lines]), "perplexity": measured, **self.streamer.sampler_inputs()}
 
         def make(attempt: Attempt) -> None:
             self._start_ahead(len(result.rounds))  # a round that is found in the store is soon followed by the next
-            lines = [line for _, line in raw]
-            log_probs, usage = self.streamer.log_probs([text_of[p] for p, _ in raw], lines) if measured else (None, {})
+            log_probs, usage = self.streamer.log_probs(asked, lines) if measured else (None, {})
             stripped = [line.strip() for line in lines]
             attempt.json(
                 {

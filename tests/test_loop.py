@@ -1,5 +1,8 @@
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from kka_ray.cluster.streaming import Drawn
@@ -7,6 +10,7 @@ from kka_ray.config.models import FlowersData, RunConfig
 from kka_ray.errors import StageError
 from kka_ray.loop import Loop, LoopResult, check_drawn
 from kka_ray.records import Description, Prompt, Rendering, Verdict
+from kka_ray.store import Store
 
 
 def line(number: int, reason: str = "") -> Description:
@@ -66,3 +70,25 @@ def test_too_few_pairs_stall_the_round_and_the_old_policy_stays(monkeypatch: pyt
 
 def test_enough_pairs_train_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preferring(monkeypatch)._prefer(judged("easy", 9), 1) == ("new", "ok", {"pairs": 9})
+
+
+def test_the_perplexity_of_lines_is_that_after_the_prompts_as_they_are_now(tmp_path: Path) -> None:
+    scored: list[list[str]] = []
+
+    def log_probs(prompts: list[str], lines: list[str]) -> tuple[list[list[float]], dict[str, int]]:
+        scored.append(prompts)
+        return [[-float(len(prompt))] for prompt in prompts], {}
+
+    loop: Any = Loop.__new__(Loop)
+    loop.config, loop.store = RunConfig(name="x", data=FlowersData(kind="flowers")), Store(str(tmp_path))
+    loop.streamer = SimpleNamespace(sampler_inputs=dict, log_probs=log_probs)
+    loop.encoder, loop._starts_ahead = SimpleNamespace(embed=lambda lines: np.eye(len(lines))), False
+    raw = [("p000", " a red tulip\n"), ("p000", " a blue tulip\n")]
+
+    def perplexity(prompt: str) -> float:
+        return float(loop._drift(LoopResult([Prompt("p000", prompt, ())]), raw)["perplexity"])
+
+    first = perplexity("Flowers:")
+    assert perplexity("Flowers:") == first
+    assert perplexity("Describe flowers:") > first
+    assert scored == [["Flowers:"] * 2, ["Describe flowers:"] * 2]
