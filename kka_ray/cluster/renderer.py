@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from kka_ray.cluster.session import session
 from kka_ray.config.loading import dump, load
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
-from kka_ray.errors import AssetError, ConfigError, DataError, StageError
-from kka_ray.files import write_json, write_text
+from kka_ray.errors import AssetError, ConfigError, DataError, ResourceError, StageError
+from kka_ray.files import write_json, write_text, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +82,7 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
     A copy of the last checkpoint is trained for `steps` more while its learning rate falls to a hundredth, as training
     NAME-K of its own, K being the checkpoint's step. The training itself stays as it is and can go on. Raises
     ConfigError if it has no checkpoint, or one of another training (see `train_renderer`), or if NAME-K was begun with
-    other steps.
+    other steps; ResourceError if NAME-K cannot be written.
     """
     from safetensors import safe_open
 
@@ -107,15 +108,32 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
                 f"{target} was begun with --steps {before}, not {steps}: give the same number to go on with it, or "
                 "delete or rename that folder to finish the checkpoint anew"
             )
-    (target / "checkpoint").mkdir(parents=True, exist_ok=True)
     for name in (_DATA, f"checkpoint/{CHECKPOINT}"):
         if not (target / name).exists():
-            # Linked, not copied: both files are replaced as a whole, never written into.
-            os.link(folder / name, target / name)
+            _share(folder / name, target / name)
     file = f"configs/renderer/{config.name}.yaml"
     first, second = f"`kka renderer train {file}`", f"`kka renderer finish {file} --steps {steps}`"
     made_by = f"{first}, stopped after {reached} of them, and {second}"
     return train_renderer(branch, say, made_by)
+
+
+def _share(source: Path, target: Path) -> None:
+    """A hard link to a file, or its copy where the file system has no links; both are only ever replaced as a whole.
+
+    Raises ResourceError if it cannot be copied either.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            with written(target) as temporary:
+                shutil.copyfile(source, temporary)
+    except OSError as error:
+        raise ResourceError(
+            f"{source} cannot be copied to {target.parent}: {error}. Give access to both and free some room, then run "
+            "the same command again"
+        ) from error
 
 
 def renderer_worker(arguments: dict[str, Any]) -> None:

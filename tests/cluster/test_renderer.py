@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,12 +18,12 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
-from kka_ray.cluster.renderer import _data, _identity, _Track, finish_renderer, train_renderer
+from kka_ray.cluster.renderer import _data, _identity, _share, _Track, finish_renderer, train_renderer
 from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.data import flowers
-from kka_ray.errors import ConfigError, DataError
+from kka_ray.errors import ConfigError, DataError, ResourceError
 from kka_ray.render.domain import LEAST
 from kka_ray.render.matching import Matcher
 from kka_ray.render.renderer import Renderer
@@ -100,6 +101,27 @@ def test_a_checkpoint_is_not_finished_with_other_steps_in_the_same_folder(tmp_pa
         with pytest.raises(ConfigError, match=rf"tiny-30 was begun with --steps 20, not {steps}"):
             finish_renderer(config, steps, lambda _: None)
     assert (tmp_path / "tiny-30" / "config.yaml").read_text() == before
+
+
+def test_a_checkpoint_is_copied_where_there_are_no_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kka_ray.cluster.renderer.os.link", refused)
+    source, target = tmp_path / "data.safetensors", tmp_path / "tiny-30" / "data.safetensors"
+    source.write_text("all of it")
+    with monkeypatch.context() as patched:
+        patched.setattr("kka_ray.cluster.renderer.shutil.copyfile", full)
+        with pytest.raises(ResourceError, match=r"data\.safetensors cannot be copied to .*tiny-30: .*No space left"):
+            _share(source, target)
+    assert list(target.parent.iterdir()) == []
+    _share(source, target)
+    assert target.read_text() == "all of it"
+    assert not target.samefile(source)
 
 
 def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> None:
