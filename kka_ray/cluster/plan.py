@@ -185,9 +185,9 @@ def weights_bytes(reference: str) -> int | None:
 def _weights(folder: Path) -> list[Path]:
     """What a library loads. Repositories hold more: other precisions, and the same weights for other programs."""
     if (folder / "model_index.json").is_file():
-        of_components = [file for file in folder.rglob("*.safetensors") if file.parent != folder]
-        full = [file for file in of_components if ".fp16." not in file.name]
-        return full or of_components
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
+        halves = assets.variant(names) is not None
+        return [folder / name for name in names if "/" in name and (halves or ".fp16." not in name)]
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

@@ -220,7 +220,7 @@ def _load(config: RenderConfig, folder: Path, index: dict[str, Any], dtype: torc
         return DiffusionPipeline.from_pretrained(
             str(folder),
             dtype=dtype,
-            variant=_variant(folder),
+            variant=assets.variant(file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             **left_out,
@@ -229,12 +229,6 @@ def _load(config: RenderConfig, folder: Path, index: dict[str, Any], dtype: torc
         raise AssetError(
             f"{config.pipeline} cannot be loaded as a diffusers pipeline with safetensors weights: {error}"
         ) from error
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` where all weights bear that mark in their names, as in some repositories of the hub."""
-    names = [file.name for file in folder.rglob("*.safetensors") if file.parent != folder]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
 def _for_mode(pipeline: Any, config: RenderConfig) -> Any:

@@ -50,6 +50,22 @@ def test_any_pipeline_draws_by_seed_and_repeats(folder: Path) -> None:
     assert (images[0] != images[2]).any()
 
 
+@pytest.mark.parametrize("only", [True, False])
+def test_weights_in_half_precision_are_loaded_where_there_are_no_others(
+    stable_diffusion: Path, tmp_path: Path, only: bool
+) -> None:
+    """The marked files are the same weights where they are alone, and no weights at all beside the others."""
+    folder = shutil.copytree(stable_diffusion, tmp_path / "pipeline")
+    for file in folder.rglob("*.safetensors"):
+        marked = file.with_name(f"{file.stem}.fp16.safetensors")
+        if only:
+            file.rename(marked)
+        else:
+            marked.touch()
+    drawn, wanted = (arrays(load(path).draw(["a car"], [1])) for path in (folder, stable_diffusion))
+    np.testing.assert_array_equal(drawn, wanted)
+
+
 def test_image_to_image_keeps_more_of_the_photograph_at_a_small_strength(folder: Path) -> None:
     normals = photographs(2)
     kept = {}
