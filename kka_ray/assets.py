@@ -211,6 +211,25 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weights(folder: Path) -> list[Path]:
+    """The safetensors that a library loads from a model's folder; none where nothing says which they are.
+
+    Repositories hold more: other precisions, and the same weights for other programs. Raises AssetError if an index
+    names a file that is not there.
+    """
+    if (folder / "model_index.json").is_file():
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
+        halves = variant(names) is not None
+        return [folder / name for name in names if "/" in name and (halves or ".fp16." not in name)]
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise AssetError(f"the model in {folder} is incomplete: {missing[0]} is missing; copy or fetch it again")
+    return files
+
+
 def variant(files: Iterable[str]) -> str | None:
     """Which of a diffusers pipeline's weights count: `fp16` where all bear that mark in their names, as in some
     repositories of the hub, else None, which means those without it.

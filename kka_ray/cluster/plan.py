@@ -10,15 +10,13 @@ plan fits. A run has phases; what belongs to one phase must fit at once.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kka_ray import assets
 from kka_ray.config.models import PoolConfig, RunConfig
-from kka_ray.errors import AssetError, ResourceError
+from kka_ray.errors import ResourceError
 
 _SLACK = 1e-6
 
@@ -175,23 +173,8 @@ def weights_bytes(reference: str) -> int | None:
     """
     if not assets.is_present(reference):
         return None
-    files = _weights(assets.resolve(reference).path)
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise AssetError(f"the model {reference} is incomplete: {missing[0]} is missing; copy or fetch it again")
-    return sum(file.stat().st_size for file in files)
-
-
-def _weights(folder: Path) -> list[Path]:
-    """What a library loads. Repositories hold more: other precisions, and the same weights for other programs."""
-    if (folder / "model_index.json").is_file():
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
-        halves = assets.variant(names) is not None
-        return [folder / name for name in names if "/" in name and (halves or ".fp16." not in name)]
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [single] if single.is_file() else sorted(folder.rglob("*.safetensors"))
+    folder = assets.resolve(reference).path
+    return sum(file.stat().st_size for file in assets.weights(folder) or folder.rglob("*.safetensors"))
 
 
 def _missing(phase: Phase, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:

@@ -21,7 +21,7 @@ from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, VllmSampler
 from kka_ray.describe.lora import merged_weights
 from kka_ray.describe.sampler import mixed
-from kka_ray.errors import StageError
+from kka_ray.errors import AssetError, StageError
 from kka_ray.features.device import compute_dtype
 
 # vLLM reads its environment as it is imported and as its engine starts.
@@ -89,7 +89,8 @@ class VllmEngine:
         adapter by its number, and one that is used again would find the states of the one before it. On a CPU, where
         vLLM's LoRA kernels cost most of its speed, the weights are merged and put into the running engine.
 
-        Raises StageError if the adapter does not fit the model.
+        Raises StageError if the adapter does not fit the model, AssetError if it is to be merged into weights of which
+        nothing says where they lie.
         """
         self._wake()
         self._folder = folder
@@ -185,7 +186,13 @@ class VllmEngine:
         yield from base.items()
 
     def _base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for file in sorted(self._path.glob("*.safetensors")):
+        files = assets.weights(self._path)
+        if not files:
+            raise AssetError(
+                f"{self._path} has neither model.safetensors nor model.safetensors.index.json: nothing says into which "
+                "weights an adapter is to be merged. Save the model again with transformers' save_pretrained"
+            )
+        for file in files:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a dict
                     yield name, weights.get_tensor(name)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from kka_ray.describe.lora import merged_weights
-from kka_ray.errors import StageError
+from kka_ray.describe.vllm_sampler import VllmEngine
+from kka_ray.errors import AssetError, StageError
 
 IN, OUT, RANK = 6, 4, 2
 LAYER = "transformer.h.0.attn.c_attn"
@@ -38,6 +40,30 @@ def test_the_change_lies_as_the_weight_does(
     wanted = inputs @ (raw if transposed else raw.T) + 2 * (inputs @ down.T @ up.T)
     assert name == f"{LAYER}.weight"
     torch.testing.assert_close(inputs @ (merged if transposed else merged.T), wanted)
+
+
+def test_vllm_merges_into_the_weights_that_the_model_is_loaded_from(
+    tmp_path: Path, factors: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Repositories hold them again for other programs, under names of theirs."""
+    change, name = adapter(tmp_path / "adapter", factors, transposed=False), f"{LAYER}.weight"
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._path = tmp_path
+    save_file({name: torch.ones(OUT, IN), "layers.0.attention.wq.weight": torch.ones(1)}, tmp_path / "all.safetensors")
+    with pytest.raises(AssetError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        dict(engine._merged(change))
+    save_file({name: torch.zeros(OUT, IN)}, tmp_path / "model.safetensors")
+    merged = dict(engine._merged(change))
+    assert merged.keys() == {name}
+    torch.testing.assert_close(merged[name], 2 * factors[1] @ factors[0])
+    save_file({"norm.weight": torch.ones(1)}, tmp_path / "first.safetensors")
+    save_file({name: torch.ones(OUT, IN)}, tmp_path / "second.safetensors")
+    index = {"weight_map": {"norm.weight": "first.safetensors", name: "second.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert dict(engine._merged(change)).keys() == {name, "norm.weight"}
+    (tmp_path / "first.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"first\.safetensors is missing"):
+        dict(engine._merged(change))
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path: Path, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
