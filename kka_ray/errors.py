@@ -23,6 +23,10 @@ class ResourceError(KkaError):
     """The cluster, the disk or the memory lacks what the run needs."""
 
 
+class NotFreeError(ResourceError):
+    """Places on the cluster that were waited for in vain."""
+
+
 class StageError(KkaError):
     """A stage of the run that cannot go on."""
 

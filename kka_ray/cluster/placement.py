@@ -9,13 +9,13 @@ import ray
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
 
 from kka_ray.config.models import ClusterConfig, PoolConfig
-from kka_ray.errors import ResourceError
+from kka_ray.errors import NotFreeError
 
 
 def reserve(name: str, pool: PoolConfig, cluster: ClusterConfig) -> Any:
     """A placement group for the workers of a GPU pool; None for a pool without GPUs and inside a trial, which has one.
 
-    Raises ResourceError if the places are not free within `cluster.start_timeout`.
+    Raises NotFreeError if the places are not free within `cluster.start_timeout`.
     """
     group = ask(name, pool, pool.workers)
     if group is not None and not group.wait(cluster.start_timeout):
@@ -32,10 +32,10 @@ def ask(name: str, pool: PoolConfig, workers: int) -> Any:
     return placement_group([bundle] * workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
 
 
-def not_free(name: str, workers: int, cpus: float, gpus: float, cluster: ClusterConfig) -> ResourceError:
+def not_free(name: str, workers: int, cpus: float, gpus: float, cluster: ClusterConfig) -> NotFreeError:
     """The error for places that were waited for in vain, each of `cpus` and `gpus`."""
     free = ray.available_resources()
-    return ResourceError(
+    return NotFreeError(
         f"{name}: {workers} x ({cpus:g} CPU, {gpus:g} GPU) were not free within {cluster.start_timeout:g} s "
         f"(cluster.start_timeout); free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. `ray status` says "
         "who has the rest"

@@ -29,7 +29,7 @@ from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.placement import not_free
 from kka_ray.cluster.workers import runtime_env
 from kka_ray.config.models import ClusterConfig
-from kka_ray.errors import KkaError, ResourceError, StageError
+from kka_ray.errors import KkaError, NotFreeError, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def run(
 
     The function writes what it makes into the store. A worker that dies has the job started again, up to
     `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
-    used before would load the old job's state. Raises ResourceError if the workers get no places within
+    used before would load the old job's state. Raises NotFreeError if the workers get no places within
     `cluster.start_timeout`, rounded up to the times that Ray Train waits at once (60 s). `ahead` is this job, if it was
     started before.
     """
@@ -132,13 +132,12 @@ class Ahead:
     def go(self, arguments: Mapping[str, Any]) -> None:
         """Runs the function with these arguments and waits for its end; see `run`.
 
-        Where it could not start while others had its places, it is started again: they may be done by now.
+        Where it got no places, it is started again: part of its wait, or all, was while others had them.
         """
-        if isinstance(self._error, ResourceError):
-            self._thread.join()
-            return self._run(arguments)
         self._open(dict(arguments))
         self._thread.join()
+        if isinstance(self._error, NotFreeError):
+            return self._run(arguments)
         if self._error:
             raise self._error
 

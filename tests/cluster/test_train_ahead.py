@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig
-from kka_ray.errors import ResourceError, StageError
+from kka_ray.errors import NotFreeError, ResourceError, StageError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -44,21 +45,44 @@ def test_a_cancelled_job_ends_without_doing_anything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("told", ["after its wait", "within its wait"])
 def test_one_whose_places_others_had_starts_again_when_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     started: list[Any] = []
-    run = train.run
+    is_told = threading.Event()
+    run, opened = train.run, train.Ahead._open
 
     def late(name: str, function: Any, *rest: Any, **named: Any) -> None:
         started.append(function)
         if len(started) == 1:
-            raise ResourceError("its places were not free")
+            assert told == "after its wait" or is_told.wait(30)
+            raise NotFreeError("its places were not free")
         run(name, function, *rest, **named)
 
+    def tell(ahead: train.Ahead, arguments: dict[str, Any] | None) -> None:
+        opened(ahead, arguments)
+        is_told.set()
+
     monkeypatch.setattr(train, "run", late)
+    monkeypatch.setattr(train.Ahead, "_open", tell)
     ahead = train.Ahead("note", note, 1, CLUSTER)
-    ahead._thread.join(30)
+    if told == "after its wait":
+        ahead._thread.join(30)
     ahead.go({"file": str(tmp_path / "a"), "text": "done"})
     assert started == [train._behind_the_gate, note]
     assert (tmp_path / "a").read_text() == "done 1"
+
+
+def test_one_that_ran_out_of_something_else_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    def full(name: str, function: Any, *_: Any, **__: Any) -> None:
+        started.append(function)
+        raise ResourceError("the disk is full")
+
+    monkeypatch.setattr(train, "run", full)
+    ahead = train.Ahead("note", note, 1, CLUSTER)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        ahead.go({"file": "", "text": ""})
+    assert started == [train._behind_the_gate]
