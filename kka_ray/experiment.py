@@ -89,7 +89,7 @@ def _run(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     _check_libraries(config)
-    _check_outside(config, 1)
+    check_outside(config, 1)
     hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
@@ -104,7 +104,7 @@ def _run(
             for warning in warnings(config, store, prepared):
                 say(warning)
             loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
-            _check_outside(config, loop.budget)
+            check_outside(config, loop.budget)
             result = loop.run()
         evaluation = evaluate(config, store, prepared, result, progress, loop.take_ahead)
         tuned = headline_detector(config, store, prepared, evaluation)
@@ -435,7 +435,7 @@ def _check_libraries(config: RunConfig) -> None:
         )
 
 
-def _check_outside(config: RunConfig, count: int) -> None:
+def check_outside(config: RunConfig, count: int) -> None:
     """Raises DataError if so many images cannot be drawn from `detect.outside`, which is not done before the end."""
     folder = config.detect.outside
     if folder is None or "outside" not in config.detect.controls:

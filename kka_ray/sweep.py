@@ -35,13 +35,13 @@ from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
-from kka_ray.experiment import ANOTHER_NAME, absolute, computing, differences, writing
+from kka_ray.experiment import ANOTHER_NAME, absolute, check_outside, computing, differences, writing
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
-from kka_ray.loop import Loop, LoopResult, Progress
+from kka_ray.loop import Loop, LoopResult, Progress, budget
 from kka_ray.objective import Reference, make_reference, validation_auc
 from kka_ray.places import Place
-from kka_ray.prepare import prepare
+from kka_ray.prepare import Prepared, prepare
 from kka_ray.store import Store
 
 TRIAL_CPUS = 0.25
@@ -118,6 +118,11 @@ def _run(
     verbose: bool,
 ) -> SweepResult:
     started = time.perf_counter()
+    # A trial's process has another current folder, so its paths are resolved here.
+    trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
+    # The best trial's own run is the last thing that is done, and any may be the best.
+    champions = [t.config for t in trials] if sweep.config.champion_evaluation else []
+    _check_outside(champions)
     _claim(place, sweep.config)
     store = Store(base.store.uri)
     tracking.check(base)
@@ -126,15 +131,15 @@ def _run(
         plan_of(sweep).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
-        reference = make_reference(base, store, prepare(base, store), progress)
+        prepared = prepare(base, store)
+        _check_outside(champions, prepared)
+        reference = make_reference(base, store, prepared, progress)
         note(
             f"reference: {len(reference.ids)} drawn anomalies and {len(reference.normals)} drawn normals, the same for "
             f"all {len(sweep.trials)} trials"
         )
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params)
-        # A trial's process has another current folder, so its paths are resolved here.
-        trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
         job = _Job(trials, reference, uri, base.tracking.experiment, parent)
         try:
             outcomes = run_trials(run_trial, job, sweep, note)
@@ -160,6 +165,18 @@ def _run(
             "and tracks it"
         ) from error
     return result
+
+
+def _check_outside(configs: Iterable[RunConfig], prepared: Prepared | None = None) -> None:
+    """Raises DataError if one of the runs would lack images for its control `outside`: as many as it keeps of so many
+    normals, or any at all where these are not known yet."""
+    wanted = {
+        (config.detect.outside, budget(config.loop, prepared.count) if prepared else 1): config
+        for config in configs
+        if "outside" in config.detect.controls
+    }
+    for (_, count), config in wanted.items():
+        check_outside(config, count)
 
 
 def plan_of(sweep: Sweep) -> Plan:

@@ -25,7 +25,8 @@ from kka_ray.config.models import Cifar100Data, RunConfig
 from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
-from kka_ray.errors import ConfigError, ResourceError, StageError
+from kka_ray.data.decode import encode_png
+from kka_ray.errors import ConfigError, DataError, ResourceError, StageError
 from kka_ray.evaluation import unseen_drawn_normals
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.features.base import Features
@@ -421,6 +422,32 @@ def test_trials_keep_what_they_make_in_the_drivers_folders(
     assert all(c.output == str(tmp_path / "out") for c in seen)
     best = load(tmp_path / "out" / "smoke" / "best.yaml", RunConfig)
     assert best == champion_config(Sweep(config, small.base, ours), ours[0]), "its name has nothing of this folder"
+
+
+def test_outside_images_that_the_best_trial_would_lack_end_a_sweep_before_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tmp_path / "others"
+    overrides = [
+        'parameters={"loop.budget": {"grid": [0.02, 0.03, 0.01]}}',
+        "trials=null",
+        f"run.detect={{seeds: 1, controls: [outside], outside: {others}}}",
+        f"run.output={tmp_path / 'runs'}",
+        f"run.store.uri={tmp_path / 'store'}",
+    ]
+    swept = load_sweep(ROOT / "tune_configs" / "smoke.yaml", overrides)
+    monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(sweep, "prepare", lambda *_: SimpleNamespace(count=100))
+    monkeypatch.setattr(sweep, "make_reference", lambda *_: pytest.fail("a round was drawn"))
+    with pytest.raises(DataError, match=r"detect\.outside: .*/others is no folder"):
+        sweep.run(swept, sweep._quiet, pytest.fail, pytest.fail)
+    assert list(tmp_path.iterdir()) == []
+    others.mkdir()
+    for n in range(2):
+        (others / f"{n}.png").write_bytes(encode_png(np.full((8, 8, 3), 80 * n, np.uint8)))
+    with pytest.raises(DataError, match=r"detect\.outside: .*holds 2 images, but 3 outside images are wanted"):
+        sweep.run(swept, sweep._quiet, pytest.fail, pytest.fail)
 
 
 def test_a_sweep_that_is_started_again_refers_to_everything(small: Sweep, tmp_path: Path) -> None:
