@@ -34,7 +34,7 @@ from kka_ray.features.cache import read_features
 from kka_ray.features.device import has_bfloat16
 from kka_ray.prepare import Prepared, feature_inputs, needs_patches
 from kka_ray.records import Description, Prompt, Rendering, from_table
-from kka_ray.store import Store
+from kka_ray.store import Store, stage_key
 
 NORMALS_ROUND = -1
 """What `Rendering.round` says of drawn normal captions, which belong to no round."""
@@ -125,6 +125,8 @@ class Streamer:
         self._samplers, self._renderers, self._turns = pools.samplers, pools.renderers, pools.turns
         self._later: list[tuple[int, RenderTask]] = []
         """Chunks for the renderers, while it is the samplers' turn."""
+        self._unread: dict[int, dict[str, Any]] = {}
+        """Inputs of the chunks for the renderers of which it is not known what they drew, by number."""
         self._early: list[tuple[Pool, int, Any]] = []
         """What the renderers finished while lines were scored."""
 
@@ -198,11 +200,13 @@ class Streamer:
         next_chunk = 0
         try:
             for pool, i, key in self._turn_by_turn(lambda: written_all(drawn.raw)):
-                if pool is self._renderers and i < 0:
-                    normals[-1 - i] = self._read_images(key)
-                    continue
                 if pool is self._renderers:
-                    rendered[i] = self._read_images(key)
+                    del self._unread[i]
+                    images = self._read_images(key)
+                    if i < 0:
+                        normals[-1 - i] = images
+                        continue
+                    rendered[i] = images
                     progress("render", number, sum(sizes[k] for k in rendered), sum(sizes))
                     continue
                 written[i] = key
@@ -225,6 +229,7 @@ class Streamer:
         return descriptions, drawn
 
     def _draw(self, number: int, task: RenderTask) -> None:
+        self._unread[number] = task.inputs
         if self._turns:
             self._later.append((number, task))
         else:
@@ -257,7 +262,8 @@ class Streamer:
         count = {id_: n for task in tasks for id_, _, n in task.rows}
         self._samplers.found = lambda id_, reason: self._lost_lines.add(line_ids(number, id_, count[id_]), reason)
         self._renderers.found = lambda id_, reason: self._lost_images.add([id_], reason)
-        self._failures: set[tuple[str, str]] = set()
+        self._failures: set[str] = set()
+        """Keys of the rendered chunks with failed rows."""
 
     def _read_images(self, key: str) -> Drawn:
         """What a chunk drew; its failed rows count against the budget."""
@@ -265,7 +271,7 @@ class Streamer:
         renderings = from_table(Rendering, output.table())
         for row in renderings:
             if row.status == "failed":
-                self._failures.add(("render", key))
+                self._failures.add(key)
                 self._lost_images.add([row.id], row.error)
         good = [row for row in renderings if row.status == "ok"]
         features = read_features(output, patches=self.prepared.patches)
@@ -280,9 +286,21 @@ class Streamer:
         )
 
     def _forget_failures(self) -> None:
-        """Drops the chunks with failed rows from the store, so that the same command tries them again."""
-        for stage, key in self._failures:
-            self.store.remove(stage, key)
+        """Drops the chunks with failed images from the store, so that the same command tries them again.
+
+        Those that were drawn and not read yet count as well. Rows at fault, all failed lines among them, are no matter:
+        a chunk with them has a key of its own.
+        """
+        from kka_ray.render.renderer import VERSION
+
+        self._renderers.stop()  # else they would commit more
+        for inputs in self._unread.values():
+            key = stage_key("render", VERSION, inputs)
+            output = self.store.find("render", key)
+            if output and any(row.status == "failed" for row in from_table(Rendering, output.table())):
+                self._failures.add(key)
+        for key in self._failures:
+            self.store.remove("render", key)
 
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
         config, lines = self.config.describe, self.config.loop.lines
@@ -330,7 +348,6 @@ class Streamer:
         for row in rows:
             id_, prompt_id, raw, error = row["id"], row["prompt_id"], row["raw"], row["error"]
             if error:
-                self._failures.add(("sample", key))
                 self._lost_lines.add([id_], error)
             text, reason = judged.get(id_, ("", f"error: {error}"))
             descriptions.append(Description(id_, prompt_id, number, raw, text, "rejected" if reason else "ok", reason))
