@@ -104,7 +104,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def metrics(scores: np.ndarray, anomalous: np.ndarray) -> dict[str, float]:
     """AUC, average precision and the false-positive rate at 95 % true positives; anomalies are the positive class."""
-    false_positives, true_positives, _ = roc_curve(anomalous, scores)
+    false_positives, true_positives, _ = roc_curve(anomalous, scores, drop_intermediate=False)
     return {
         "auc": float(roc_auc_score(anomalous, scores)),
         "aupr": float(average_precision_score(anomalous, scores)),

@@ -13,13 +13,15 @@ from kka_ray.cluster.streaming import Drawn
 from kka_ray.config.models import AnomalyWeights, BackboneConfig, DetectConfig, FlowersData, Knn, LinearHead, RunConfig
 from kka_ray.detectors import sources
 from kka_ray.detectors.tuned import VERSION as FIT_VERSION
-from kka_ray.errors import StageError
+from kka_ray.errors import StageError, StoreError
 from kka_ray.evaluation import (
     TRAINED,
     Evaluation,
+    fit_headline,
     headline_detector,
     metrics,
     normal_views,
+    review,
     spread,
     unseen_drawn_normals,
     verdict_weights,
@@ -62,6 +64,23 @@ def test_a_headline_that_needs_anomalies_and_has_none_is_an_error_that_says_so()
         headline_detector(config, None, None, Evaluation([], fits, [], 0, 0))  # type: ignore[arg-type]
 
 
+def test_the_detector_that_is_served_has_kkas_set_where_one_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_fit_output", lambda store, key: SimpleNamespace(local=Path(key)))
+    monkeypatch.setattr(evaluation.TunedDetector, "load", lambda folder, backbone: folder.parent.name)
+    detect = DetectConfig(detectors=(Knn(kind="knn"), LinearHead(kind="fused")), headline="fused")
+    config = RunConfig(name="x", data=FlowersData(kind="flowers"), detect=detect)
+    every = {(d, arm, s): f"{d} {arm} {s}" for d in ("knn", "fused") for arm in ("baseline", "kka") for s in (0, 1)}
+    without = {key: value for key, value in every.items() if key[1] != "kka"}
+    prepared: Any = SimpleNamespace(backbone=None)
+    for fits, wanted in ((every, "fused kka 0"), (without, "fused baseline 0")):
+        assert headline_detector(config, None, prepared, Evaluation([], fits, [], 0, 0)) == wanted  # type: ignore[arg-type,comparison-overlap]
+
+
+def test_what_is_to_be_reviewed_is_the_most_anomalous_first() -> None:
+    shown = bare([np.zeros((2, 2, 3), np.uint8)] * 5)
+    assert review(shown, np.array([0.1, 0.9, 0.3, 0.9, -1.0]), 3) == [1, 3, 2]
+
+
 def test_fits_are_counted_as_they_come_into_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_LOOK_SECONDS", 0.02)
     store, heard = Store(str(tmp_path)), []
@@ -86,6 +105,9 @@ def test_measures_are_those_of_scores_worked_by_hand() -> None:
     assert found["aupr"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
     assert found["fpr95"] == pytest.approx(2 / 3), "both anomalies are found at a threshold of 2"
     assert metrics(-np.arange(5.0), anomalous)["auc"] == 0
+    # Ties of a normal and an anomaly each: 19 of 20 anomalies are found beside 19 of 20 normals.
+    pairs = metrics(np.repeat(np.arange(20.0), 2), np.tile([False, True], 20))
+    assert pairs["fpr95"] == pytest.approx(0.95)
 
 
 def test_equal_figures_have_no_spread() -> None:
@@ -107,9 +129,11 @@ def test_views_of_normals_are_as_many_as_those_of_anomalies() -> None:
 def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real stages of features, in a store; the job of the fits only says what it was asked for."""
     asked: list[dict[str, Any]] = []
+    validation: set[str] = set()
 
     def run(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
         asked.extend(arguments["fits"])
+        validation.add(arguments["validation"])
 
     monkeypatch.setattr(evaluation.train, "run", run)
     store = Store(str(tmp_path))
@@ -186,12 +210,22 @@ def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: 
         np.testing.assert_array_equal(held(by_arm[name]["train"]), both)
     for name in ("noise", "drawn_normals"):
         np.testing.assert_array_equal(held(by_arm[name]["train"]), prepared.train.pooled)
+    (calibrated_on,) = validation
+    np.testing.assert_array_equal(held(calibrated_on), FakeBackbone().extract(held_out.images, False).pooled)
     assert by_arm["kka"]["weights"] == (1, 3, 1)
     assert by_arm["zeroth"]["weights"] is None
     kinds = [(fit["detector"].kind, fit["anomalies"] is None) for fit in asked]
     assert kinds.count(("knn", True)) == 2, "k-NN ignores anomalies, the head needs them"
     assert kinds.count(("fused", False)) == 2 * 4
     assert len(kinds) == 10
+
+    # The headline alone, as trials are measured with it, is fitted with the last set and not the first.
+    asked.clear()
+    alone = config.model_copy(update={"seed": 7})
+    with pytest.raises(StoreError, match="made by another process"):
+        fit_headline(alone, store, prepared, loop)  # type: ignore[arg-type]
+    assert [(fit["detector"].kind, fit["anomalies"]) for fit in asked] == [("fused", by_arm["kka"]["anomalies"])] * 2
+    assert len({fit["seed"] for fit in asked}) == 2
 
     # Without a round of DPO the last set is the zero-th: two arms, and each fit is done once.
     loop.rounds = rounds[:1]
