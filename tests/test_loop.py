@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kka_ray.cluster.streaming import Drawn
-from kka_ray.config.models import FlowersData, RunConfig
+from kka_ray.config.models import FlowersData, LoopConfig, RunConfig
 from kka_ray.errors import StageError
-from kka_ray.loop import Loop, LoopResult, check_drawn
+from kka_ray.loop import Loop, LoopResult, budget, check_drawn
 from kka_ray.records import Description, Prompt, Rendering, Verdict
 from kka_ray.store import Store
 
@@ -66,6 +66,24 @@ def test_too_few_pairs_stall_the_round_and_the_old_policy_stays(monkeypatch: pyt
     assert (adapter, status, training) == ("old", "stalled: 3 pairs, fewer than min_pairs = 8", None)
     _, status, _ = loop._prefer(judged("between", 20, collapsed=2), 1)
     assert status == "stalled: 0 pairs, fewer than min_pairs = 8; the evaluator collapsed in 2 folds of round 0"
+
+
+def test_what_is_said_of_images_that_do_not_show_their_text_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = judged("easy", 12)
+    result.rounds[0].drawn.mismatched = {result.rounds[0].descriptions[i].id for i in (1, 2)}
+    seen = []
+    loop = preferring(monkeypatch)
+    trained = SimpleNamespace(key="new", json=lambda name: {})
+    monkeypatch.setattr(loop, "_train", lambda built, previous, number: (seen.extend(built), trained)[1])
+    loop._prefer(result, 1)
+    assert {p.rejected_id for p in seen} == {f"r0-p000-s{i:03d}" for i in range(3, 12)}
+
+
+def test_the_budget_is_a_share_of_the_normals_or_the_least_number() -> None:
+    assert budget(LoopConfig(budget=0.05), 1250) == 62
+    assert budget(LoopConfig(budget=0.07), 100) == 7, "whatever rounding does to the product"
+    assert budget(LoopConfig(budget=0.05, min_budget=20), 100) == 20
+    assert budget(LoopConfig(budget=0.05, min_budget=20), 1000) == 50
 
 
 def test_enough_pairs_train_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,16 @@ def test_labelled_anomalies_are_pushed_away() -> None:
     assert ratios[1] > 1.5 * ratios[0]
 
 
+def test_a_single_anomaly_is_pushed_away_and_not_drawn_in() -> None:
+    normals, odd = cloud(100, 0, 0), cloud(1, 1.5, 1)
+    beyond = []
+    for given in (NONE, odd):
+        evaluator = DeepSadEvaluator(DeepSad(epochs=20))
+        evaluator.fit(normals, given, seed=0)
+        beyond.append(float(evaluator.score(odd)[0] / np.median(evaluator.score(cloud(100, 0, 3)))))
+    assert beyond[1] > 1.5 * beyond[0]
+
+
 def test_balanced_anomalies_push_as_far_however_many_there_are() -> None:
     """The same ones eight times over move the scale of hardness only where each has a weight of its own."""
 

@@ -157,11 +157,27 @@ def test_collapse_is_reported_and_judges_nobody(evaluator) -> None:
     assert {(v.label, v.hardness) for v in result.verdicts} == {("between", 0.0)}
 
 
+def test_a_fold_that_collapsed_has_no_say_in_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    variances = iter([0.0, 1.0, 1.0])
+    monkeypatch.setattr(judging, "relative_variance", lambda *_: next(variances))
+    result = run(30)
+    sound = result.validation_hardness.reshape(3, -1)[1:]
+    assert result.band is not None
+    assert result.band.lower == np.quantile(sound, CONFIG.lower_quantile)
+    assert {v.label for v in result.verdicts if v.fold == 0} == {"between"}
+    assert all(v.label == result.band.label(v.hardness) for v in result.verdicts if v.fold > 0)
+
+
 def test_paper_rule_in_full_and_the_auditors_fixed_band() -> None:
     config = CONFIG.model_copy(update={"rule": "paper", "paper_easy": 10})
     result = run(60, config)
     assert [v.label for v in result.verdicts].count("easy") == 10
     assert result.band is None
+    worst = result.validation_hardness.reshape(len(result.trained_on), -1).max(axis=1)
+    of_fold = dict(zip(sorted(result.trained_on), worst, strict=True))
+    within = [v.hardness <= of_fold[v.fold] for v in result.verdicts if v.label != "easy"]
+    assert [v.label == "hard" for v in result.verdicts if v.label != "easy"] == within
+    assert any(within)
     audited = audit(*drawn(60), TRAIN, VALIDATION, config, 0)
     assert audited.band is not None
     assert {v.round for v in audited.verdicts} == {0, 1}

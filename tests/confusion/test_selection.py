@@ -44,6 +44,13 @@ def test_rep_fills_up_in_order_and_may_stay_short() -> None:
     assert [k.id for k in update([unjudged], new, "rep", 2, rounds=1, round=1, seed=0)] == ["d", "z"]
 
 
+def test_of_those_beside_the_band_the_nearer_come_first() -> None:
+    for label in ("between", "easy"):
+        new = [verdict(f"x{i:02d}", label, hardness=20 - i) for i in range(12)]
+        kept = update([], new, "rep", 5, rounds=1, round=1, seed=0)
+        assert [k.hardness for k in kept] == [13, 12, 11, 10, 9]
+
+
 def test_hard_ones_are_not_taken_from_the_lower_edge() -> None:
     new = [verdict(f"x{i:03d}", "hard", hardness=3 + i / 100) for i in range(300)]
     kept = update([], new, "rep", 100, rounds=1, round=1, seed=0)
@@ -64,6 +71,10 @@ def test_add_grows_by_equal_parts_up_to_the_budget_without_easy_ones() -> None:
         kept = grown
         sizes.append(len(kept))
     assert sizes == [3, 6, 10]
+    # What became normal-like makes no room for more than a round's part.
+    new = [verdict("r0-0", "normal_like", round=0), *(verdict(f"r1-{i}", "hard") for i in range(9))]
+    shrunk = update([KeptImage("r0-0", 0), KeptImage("r0-1", 0)], new, "add", 9, rounds=2, round=1, seed=0)
+    assert [k.round for k in shrunk] == [0, 1, 1, 1]
     few = update([], [verdict("a", "easy"), verdict("b", "between")], "add", 9, rounds=2, round=1, seed=0)
     assert [k.id for k in few] == ["b"]
 

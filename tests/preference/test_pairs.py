@@ -77,6 +77,15 @@ def test_the_surest_lines_come_first() -> None:
     assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == wanted
 
 
+def test_there_are_no_more_pairs_than_the_training_sees() -> None:
+    hard = [line(i, "p0", f"hard {i}") for i in range(5)]
+    easy = [line(10 + i, "p0", f"easy {i}") for i in range(5)]
+    verdicts = [verdict(d, "hard") for d in hard] + [verdict(d, "easy") for d in easy]
+    for most, wanted in ((256, 12), (7, 7)):
+        config = PreferenceConfig(steps=3, warmup=0, batch=4, micro_batch=4, max_pairs=most)
+        assert len(build_pairs(PROMPTS, hard + easy, verdicts, config, seed=0)) == wanted
+
+
 def test_with_one_kind_of_others_lines_are_still_used_in_turns() -> None:
     hard = [line(i, "p0", f"hard {i}") for i in range(3)]
     easy = [line(10 + i, "p0", f"easy {i}") for i in range(3)]

@@ -81,6 +81,8 @@ def test_a_training_that_keeps_checkpoints_has_the_result_of_one_that_does_not(t
     kept = Kept()
     with_checkpoints, found = train(tmp_path / "with", model, kept, steps=12)
     assert with_checkpoints == whole
+    assert whole.margin > 0
+    assert whole.history[-1]["accuracy"] > 0.5
     assert all(torch.equal(found[k], wanted[k]) for k in wanted)
     (content,) = kept.contents
     assert {name.split(".")[0] for name in load(content)} == {"adapter", "optimizer", "random", "reference"}
