@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +13,18 @@ import pytest
 
 from kka_ray.cluster import streaming
 from kka_ray.cluster.budget import BudgetError
-from kka_ray.cluster.streaming import Pools, Streamer, sampler_libraries
-from kka_ray.cluster.workers import RenderTask
+from kka_ray.cluster.streaming import NORMALS_ROUND, Pools, Streamer, image_seed, sampler_libraries
+from kka_ray.cluster.workers import RenderTask, SampleTask, line_ids
 from kka_ray.config.models import RunConfig
 from kka_ray.data.base import ImageSet
+from kka_ray.data.decode import encode_png
 from kka_ray.describe import sampler as samplers
 from kka_ray.errors import ConfigError
+from kka_ray.features.base import Features
+from kka_ray.features.cache import write_features
 from kka_ray.records import Prompt, Rendering, to_table
 from kka_ray.render import renderer
-from kka_ray.store import Store, stage_key
+from kka_ray.store import Attempt, Store, stage_key
 
 
 class _Pool:
@@ -145,3 +148,135 @@ def test_images_that_failed_are_tried_again_after_the_budget_ended_the_run(
         streamer.run([Prompt("p000", "a prompt", ())], 0, 0, None, lambda *_: None, lambda _: None)
     there = [store.has("render", stage_key("render", renderer.VERSION, task.inputs)) for task in tasks]
     assert there == [status == "ok" for status in outcomes]
+
+
+class _Played:
+    """Pools that do their tasks in this process, those of the samplers and those of the renderers the last one first.
+
+    A line says its id, and every third one is not to be drawn. An image of a line is of the shade of its number; the
+    first image of a round does not show its text, and the second cannot be drawn.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.waiting: list[tuple[Any, int, Any]] = []
+        self.tasks: list[Any] = []
+        self.samplers, self.renderers = (SimpleNamespace(found=None) for _ in range(2))
+        for pool in (self.samplers, self.renderers):
+            pool.submit = lambda number, task, pool=pool: self.waiting.append((pool, number, task))
+
+    def drain(self, pools: Sequence[Any]) -> Iterator[tuple[Any, int, str]]:
+        while self.waiting:
+            pool, number, task = self.waiting.pop()
+            self.tasks.append(task)
+            stage, make = ("sample", self._write) if pool is self.samplers else ("render", self._draw)
+            inputs = {"ids": [row[0] for row in task.rows], "round": task.round}
+            yield pool, number, self.store.get_or_make(stage, 1, inputs, lambda a: make(task, a)).key  # noqa: B023
+
+    def _write(self, task: SampleTask, attempt: Attempt) -> None:
+        lines = [(id_, p) for p, _, count in task.rows for id_ in line_ids(task.round, p, count)]
+        rows = [{"id": id_, "prompt_id": p, "raw": f" line {id_}\n", "error": ""} for id_, p in lines]
+        attempt.table(pa.Table.from_pylist(rows))
+
+    def _draw(self, task: RenderTask, attempt: Attempt) -> None:
+        rows, pooled = [], []
+        for id_, _, seed in task.rows:
+            number = int(id_[-3:])
+            if task.round >= 0 and number == 1:
+                rows.append(Rendering(id_, task.round, seed, "failed", b"", "", "no"))
+                continue
+            content = encode_png(np.full((4, 4, 3), number, np.uint8))
+            rows.append(Rendering(id_, task.round, seed, "ok", content, "", match=0.0 if number == 0 else 0.9))
+            pooled.append([float(number)])
+        attempt.table(to_table(Rendering, rows))
+        if pooled:
+            pixels = np.zeros((len(pooled), 32, 32, 3), np.uint8)
+            write_features(attempt, Features(np.array(pooled, np.float32), pixels=pixels))
+
+
+class _Guard:
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def judge(self, lines: Sequence[str]) -> list[tuple[str, str]]:
+        self.heard += lines
+        return [(x.strip(), "duplicate" if int(x.strip()[-1]) % 3 == 2 else "") for x in lines]
+
+
+@pytest.fixture
+def streamer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Streamer:
+    streamer = Streamer.__new__(Streamer)
+    streamer.config = RunConfig.model_validate(
+        {
+            "name": "x",
+            "data": {"kind": "flowers"},
+            "describe": {"chunk": 5},
+            "render": {"chunk": 3, "normals": 6, "match": {"least": 0.5}},
+            "loop": {"lines": 11},
+            "cluster": {"max_failed_share": 0.5},
+        }
+    )
+    streamer.store = Store(str(tmp_path))
+    played = _Played(streamer.store)
+    monkeypatch.setattr(streaming, "drain", played.drain)
+    streamer._samplers, streamer._renderers, streamer._turns = played.samplers, played.renderers, False  # type: ignore[assignment]
+    streamer._later, streamer._early, streamer.normals = [], [], streaming.Drawn()
+    streamer.guard = _Guard()  # type: ignore[assignment]
+    streamer.sampler_identity, streamer.renderer_identity, streamer._sampler_versions = "s", "r", {}
+    captions = tuple(f"normal {i}" for i in range(40))
+    blank = tuple(np.zeros((4, 4, 3), np.uint8) for _ in captions)
+    streamer.prepared = SimpleNamespace(  # type: ignore[assignment]
+        normals=SimpleNamespace(train=ImageSet(captions, blank, captions, captions, np.zeros(40, bool))),
+        backbone=SimpleNamespace(identity="b"),
+        patches=False,
+    )
+    streamer.played = played  # type: ignore[attr-defined]
+    return streamer
+
+
+def _round(streamer: Streamer, number: int, seed: int) -> tuple[list[Any], streaming.Drawn, list[Any]]:
+    """Lines, images and tasks of a round of three prompts."""
+    streamer.played.tasks.clear()  # type: ignore[attr-defined]
+    prompts = [Prompt(f"p{i:03d}", f"list {i}", ()) for i in range(3)]
+    found = streamer.run(prompts, number, seed, None, lambda *_: None, lambda raw: None)
+    return *found, list(streamer.played.tasks)  # type: ignore[attr-defined]
+
+
+def test_a_round_is_in_the_order_of_its_lines_whatever_came_first(streamer: Streamer) -> None:
+    descriptions, drawn, tasks = _round(streamer, 1, 1000)
+    ids = [d.id for d in descriptions]
+    assert ids == [f"r1-p{p:03d}-s{s:03d}" for p, count in ((0, 4), (1, 4), (2, 3)) for s in range(count)]
+    assert [raw.strip()[5:] for raw in streamer.guard.heard] == ids  # type: ignore[attr-defined]
+    assert all(d.raw.strip() == f"line {d.id}" and d.prompt_id == d.id[3:7] for d in descriptions)
+    wanted = [d.id for d in descriptions if d.status == "ok"]
+    assert [d.id[-3:] for d in descriptions if d.status != "ok"] == ["002"] * 3
+    assert [r.id for r in drawn.renderings] == wanted
+    assert drawn.ids == [id_ for id_ in wanted if not id_.endswith("001")]
+    numbers = [int(id_[-3:]) for id_ in drawn.ids]
+    assert [int(image[0, 0, 0]) for image in drawn.images] == numbers
+    assert drawn.features.pooled[:, 0].tolist() == numbers
+    assert drawn.mismatched == {id_ for id_ in wanted if id_.endswith("000")}
+    assert max(len(t.rows) for t in tasks if isinstance(t, RenderTask)) == 3
+    assert max(sum(n for *_, n in t.rows) for t in tasks if isinstance(t, SampleTask)) <= 5
+
+
+def test_every_chunk_and_every_image_draws_random_numbers_of_its_own(streamer: Streamer) -> None:
+    tasks = _round(streamer, 0, 0)[2] + _round(streamer, 1, 1)[2]
+    chunks = [t.seed for t in tasks if isinstance(t, SampleTask)]
+    images = [seed for t in tasks if isinstance(t, RenderTask) for *_, seed in t.rows]
+    for seeds in (chunks, images):
+        assert len(seeds) == len(set(seeds)) > 5
+    assert all(0 <= seed < 2**31 for seed in images)
+    assert image_seed(0, "r0-p000-s000") != image_seed(1, "r0-p000-s000"), "another run draws other images"
+
+
+def test_the_normal_captions_that_are_drawn_are_a_random_part_of_them(streamer: Streamer) -> None:
+    streamer.submit_normals()
+    _, drawn, tasks = _round(streamer, 0, 0)
+    shown = [text for t in tasks if t.round == NORMALS_ROUND for _, text, _ in t.rows]
+    captions = streamer.prepared.normals.train.captions
+    assert len(set(shown)) == 6
+    assert set(shown) <= set(captions)
+    assert set(shown) != set(captions[:6])
+    assert streamer.normals.ids == [f"n{i:04d}" for i in range(6)]
+    assert not set(streamer.normals.ids) & set(drawn.ids)

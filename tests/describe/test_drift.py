@@ -18,4 +18,5 @@ def test_shares() -> None:
     assert drift.distinct_2(["a b c", "a b d"]) == pytest.approx(3 / 4)
     assert drift.unique_share(["a", "A ", "b"]) == pytest.approx(2 / 3)
     assert drift.perplexity([[-1.0, -1.0], [-1.0]]) == pytest.approx(np.e)
+    assert drift.perplexity([[-1.0, -1.0, -1.0], [-5.0]]) == pytest.approx(np.exp(2)), "each token counts alike"
     assert (drift.distinct_2([]), drift.unique_share([]), drift.perplexity([])) == (0, 0, 1)

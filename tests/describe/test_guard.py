@@ -79,6 +79,14 @@ def test_copies_are_refused_in_order(encoder: TextEncoder) -> None:
     assert [reason for _, reason in guard.judge(lines[2:])] == ["duplicate"]
 
 
+def test_lines_that_nearly_say_what_another_said_are_refused(encoder: TextEncoder) -> None:
+    lines = [" a rocket on its launch pad\n", " a small red fox in the snow\n", " a small red fox in snow\n"]
+    near = float(encoder.embed([clean(lines[1])])[0] @ encoder.embed([clean(lines[2])])[0])
+    for limit, reasons in ((near - 0.01, ["", "", "near_duplicate"]), (1, ["", "", ""])):
+        guard = Guard(GuardConfig(near_duplicate=limit), (), (), encoder)
+        assert [reason for _, reason in guard.judge(lines)] == reasons
+
+
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, TransformersSampler
-from kka_ray.describe.transformers_sampler import TransformersEngine
+from kka_ray.describe.transformers_sampler import TransformersEngine, _nucleus
 
 MODEL = "builtin:smollm2-135m-instruct"
 PROMPTS = [
@@ -55,6 +55,16 @@ def test_log_probabilities_are_those_of_one_plain_forward_pass() -> None:
     short, found = sampler.log_probs([PROMPTS[0]] * 2, [" a\n", line])
     assert found == pytest.approx(wanted, abs=1e-3)
     assert len(short) < len(found)
+
+
+def test_tokens_are_drawn_by_their_probability_from_the_likeliest_that_reach_top_p() -> None:
+    probability = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    uniform = (torch.arange(7000) + 0.5) / 7000
+    for top_p, kept in ((0.5, [1, 3]), (0.7, [1, 3]), (0.71, [1, 2, 3]), (0.01, [1]), (1.0, [0, 1, 2, 3, 4])):
+        tokens = _nucleus(probability.log().expand(7000, -1), top_p, uniform)
+        wanted = torch.zeros(5)
+        wanted[kept] = probability[kept] / probability[kept].sum()
+        torch.testing.assert_close(tokens.bincount(minlength=5) / 7000, wanted, atol=1e-3, rtol=0)
 
 
 def test_lines_of_one_prompt_that_are_more_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
