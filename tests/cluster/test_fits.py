@@ -1,7 +1,10 @@
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from kka_ray import assets, versions
 from kka_ray.cluster import fits, train
@@ -63,6 +66,52 @@ def test_a_fit_that_broke_off_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
     again.clear()
     assert not (tmp_path / "fit" / "key" / "checkpoint").exists()
     assert np.array_equal(scores, _scores(config, SharedTraining(store, "other")))
+
+
+def test_the_workers_share_out_the_fits_and_each_gets_what_it_names(tmp_path, monkeypatch):
+    store, keys = Store(str(tmp_path)), {}
+    for place, name in enumerate(("train", "validation", "anomalies", "of_normals", "of_anomalies")):
+        features = replace(_features(2 + place, place), patches=None)
+        keys[name] = store.get_or_make("features", 1, {"of": name}, lambda a, f=features: write_features(a, f)).key
+    views = [keys["of_normals"], keys["of_anomalies"]]
+    wanted = [
+        {
+            "detector": Knn(kind="knn"),
+            "train": keys["train"],
+            "anomalies": keys["anomalies"],
+            "views": views if number == 0 else None,
+            "weights": [1, 2, 3, 4] if number == 1 else None,
+            "seed": number,
+            "inputs": {"number": number},
+        }
+        for number in range(5)
+    ]
+    done = {}
+
+    def fit(config, backbone, normals, anomalies, validation, seed, false_positive_rate, training):
+        assert seed not in done
+        done[seed] = (normals, anomalies, validation, false_positive_rate)
+        return SimpleNamespace(save=lambda folder: (folder.mkdir(), (folder / "detector.json").write_text("{}")))
+
+    monkeypatch.setattr(fits.TunedDetector, "fit", fit)
+    monkeypatch.setattr(fits.Backbone, "load", lambda *_: None)
+    arguments = {"store": store.uri, "backbone": None, "patches": False, "validation": keys["validation"]}
+    arguments |= {"false_positive_rate": 0.03, "share": "fits", "fits": wanted, "threads": torch.get_num_threads()}
+    shares = []
+    for number in range(2):
+        monkeypatch.setattr(fits, "rank", lambda n=number: (n, 2))
+        before = set(done)
+        fit_worker(arguments)
+        shares.append(len(set(done) - before))
+    assert shares == [3, 2]
+    assert sorted(done) == list(range(5))
+    for number, (normals, anomalies, validation, rate) in done.items():
+        assert (len(normals), len(validation), len(anomalies), rate) == (2, 3, 4, 0.03)
+        sizes = [len(f.views) if f.views else 0 for f in (normals, anomalies)]
+        assert sizes == ([5, 6] if number == 0 else [0, 0])
+        assert (anomalies.weights is None) == (number != 1)
+        assert store.find("fit", stage_key("fit", VERSION, {"number": number})) is not None
+    assert done[1][1].weights.tolist() == [1, 2, 3, 4]
 
 
 def test_checkpoints_are_written_now_and_then(tmp_path):

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from kka_ray.config.models import Padim, PatchCore
+from kka_ray.config.models import Detector, Padim, PatchCore
 from kka_ray.detectors import build
 from kka_ray.detectors.patchcore.coreset import greedy_centers, project
 from kka_ray.features.base import Features
+from kka_ray.features.robust import Robust
 
 
 def _features(patches: np.ndarray) -> Features:
@@ -112,6 +114,23 @@ def test_padim_is_the_mahalanobis_distance_by_place():
         centred = test.astype(np.float16).astype(np.float64)[:, i, j, kept] - x[:, i, j].mean(0)
         expected = np.sqrt(np.einsum("nc,cd,nd->n", centred, inverse, centred))
         np.testing.assert_allclose(detector.heatmap(_features(test))[:, i, j], expected, rtol=1e-3)
+    worst = detector.heatmap(_features(test)).max((1, 2))
+    np.testing.assert_allclose(detector.score(_features(test)), worst, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["patchcore", "padim"])
+def test_the_whole_image_counts_by_its_weight_beside_the_worst_patch(kind):
+    normals, validation, test = (_features(_grid(n, n)) for n in (30, 9, 5))
+    scores = {}
+    for weight in (0.0, 1.0, 3.0):
+        detector = build(TypeAdapter(Detector).validate_python({"kind": kind, "image_weight": weight}))
+        detector.fit(normals, None, validation, 0)
+        scores[weight] = detector.score(test)
+        if weight == 0:
+            patch = Robust.of(detector.score(validation))(scores[0.0])
+    image = (scores[3.0] - scores[1.0]) / 2
+    assert np.abs(image).min() > 0.01
+    np.testing.assert_allclose(scores[1.0] - image, patch, rtol=1e-3, atol=1e-3)
 
 
 def test_a_place_where_nothing_varies_keeps_a_distance():

@@ -74,6 +74,23 @@ def test_training_changes_every_parameter():
         assert torch.equal(before[name], after[name]) != learned, name
 
 
+def test_adaptors_move_at_a_tenth_of_the_rate_and_few_normals_all_the_slower():
+    """A first step of Adam moves what has a slope by the rate."""
+    rng = np.random.default_rng(0)
+    features = Features(
+        rng.standard_normal((50, 12)).astype(np.float32), rng.standard_normal((50, 3, 3, 6)).astype(np.float16)
+    )
+    states = []
+    for rate in (1e-30, 0.02):
+        detector = SimpleNetDetector(SimpleNet(epochs=1, batch=50, learning_rate=rate))
+        detector.fit(features, None, features, 0)
+        states.append(detector.state()[0])
+    for layer, wanted in (("adaptor", 0.02 / 10), ("hidden", 0.02)):
+        for name in (name for name in states[0] if f".{layer}.weight" in name):
+            moved = float((states[1][name] - states[0][name]).abs().max())
+            assert moved == pytest.approx(wanted * 50 / 1000, rel=0.05), name
+
+
 def test_the_weight_of_anomalies_raises_the_scores_of_their_like():
     rng = np.random.default_rng(0)
     make = lambda n, at: Features(  # noqa: E731

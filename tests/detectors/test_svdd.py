@@ -51,6 +51,29 @@ def test_training_draws_normals_together(kind):
     assert trained.score(features).max() < 0.8 * still.score(features).max()
 
 
+@pytest.mark.parametrize("kind", ["deep_svdd", "deep_sad"])
+@pytest.mark.parametrize("width", [8, 32])
+def test_normals_cost_1_before_training_whatever_the_width(kind, width):
+    """Else the weight of anomalies would mean another thing in each width."""
+    detector, features = _build(kind, learning_rate=1e-12, hidden=64, width=width), Features(CLOUD)
+    detector.fit(features, None, features, 0)
+    z = detector._sphere.run(detector._sphere.tensor(CLOUD))
+    assert float(detector._of_normals(z, z).mean()) == pytest.approx(1, rel=1e-3)
+
+
+def test_the_decoder_of_ae_svdd_is_trained_beside_the_sphere():
+    def decoders(kind: str) -> list[torch.Tensor]:
+        found = []
+        for rate in (1e-12, 1e-3):
+            detector = _build(kind, learning_rate=rate, hidden=64, width=32, pretrain_epochs=0)
+            detector.fit(Features(CLOUD), None, Features(CLOUD), 0)
+            found.append(next(detector._sphere.decoder.parameters()))
+        return found
+
+    assert not torch.allclose(*decoders("ae_svdd"), atol=1e-4)
+    assert torch.equal(*decoders("deep_svdd"))
+
+
 @pytest.mark.parametrize(("kind", "pretraining"), [("deep_sad", 0), ("ae_svdd", 1)])
 def test_learning_from_pixels(kind, pretraining):
     normals, anomalies = _pixels(16, 0), _pixels(6, 1, red=60)

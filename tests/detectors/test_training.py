@@ -18,7 +18,7 @@ from kka_ray.config.models import (
     SimpleNet,
 )
 from kka_ray.detectors import build
-from kka_ray.detectors.training import ALONE, Training
+from kka_ray.detectors.training import ALONE, Training, train
 from kka_ray.features.base import Features
 
 
@@ -110,6 +110,21 @@ def test_of_pixels_every_worker_computes_the_whole():
         return detector.score(normals)
 
     assert np.array_equal(scores(Second()), scores(ALONE))
+
+
+def test_the_rate_falls_from_its_own_to_nothing_on_a_cosine():
+    module, places = torch.nn.Linear(1, 1, bias=False), []
+    optimizer = torch.optim.SGD([{"params": module.parameters(), "lr": 0.5}])
+
+    def epoch(step) -> None:
+        for _ in range(4):
+            places.append(float(module.weight))
+            module.weight.grad = torch.ones(1, 1)
+            step()
+
+    train("x", module, optimizer, 5, 4, epoch, [], ALONE)
+    moved = -np.diff([*places, float(module.weight)])
+    np.testing.assert_allclose(moved, 0.25 * (1 + np.cos(np.pi * np.arange(20) / 20)), atol=1e-5)
 
 
 class _Kept(Training):

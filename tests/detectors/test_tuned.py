@@ -39,6 +39,13 @@ def test_robust_z_and_percentile_are_on_the_scale_of_normals():
     assert judged.robust_z[3] > 1000  # where the percentile is of no more use
 
 
+def test_a_detector_is_calibrated_on_the_normals_that_it_was_not_fitted_to(backbone):
+    judged = _fit(Knn(kind="knn"), backbone).score_images(_images(20, 1))
+    assert judged.anomalous.sum() == 2
+    assert np.median(judged.robust_z) == pytest.approx(0, abs=1e-3)
+    assert np.median(judged.percentile) == pytest.approx(50, abs=1)
+
+
 def test_equal_scores_standardise_to_finite_values():
     standard = Robust.of(np.full(5, 3.0))
     assert np.array_equal(standard(np.full(2, 3.0)), [0, 0])
@@ -120,6 +127,7 @@ def test_a_backbone_of_another_batch_size_is_welcome(backbone, tmp_path):
 def test_scores_that_are_equal_are_not_less() -> None:
     same = Calibration.of(np.ones(10), 0.05).judge(np.array([0.5, 1.0, 1.5]))
     assert same.percentile.tolist() == [0, 0, 100]
+    assert same.anomalous.tolist() == [False, False, True]
     halves = Calibration.of(np.repeat([1.0, 2.0], 50), 0.05).judge(np.array([1.0, 1.5, 2.0, 3.0]))
     assert halves.percentile[0] == 0
     assert halves.percentile[2] == pytest.approx(50, abs=1)
