@@ -97,6 +97,8 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "stage" / output.key / output.marker["attempt"] / "file").write_bytes(b"CONTENT")
     with pytest.raises(StoreError, match="damaged"):
         output.read("file")
+    with pytest.raises(StoreError, match="damaged"):
+        _ = output.local
 
 
 def test_a_cut_marker_counts_as_none(tmp_path: Path) -> None:

@@ -332,6 +332,32 @@ def test_the_token_is_sent_where_it_is_asked_for(
     assert "another" not in str(refused.value)
 
 
+def test_who_sends_us_elsewhere_gets_no_token(
+    dashboard: Callable[[str | None], str], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, given = dashboard(TOKEN), []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            given.append(self.headers.get("Authorization"))
+            self.send_response(302)
+            self.send_header("Location", f"{elsewhere}{self.path}")
+            self.end_headers()
+
+        def log_message(self, format: str, *values: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    server = HTTPServer(("127.0.0.1", 0), Redirecting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ResourceError, match="no Ray dashboard: it answers /api/version with status 302"):
+            authenticate(f"http://127.0.0.1:{server.server_port}", console, allow_unauthenticated=False)
+    finally:
+        server.shutdown()
+    assert given == [None]
+
+
 def test_what_is_no_dashboard_is_said_so(console: Console) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
