@@ -1,7 +1,7 @@
-"""Writes the tables of `docs/results.md` from `benchmarks/results/*.json`: `python benchmarks/tables.py`.
+"""Writes the tables of `README.md` and `docs/results.md` from `benchmarks/results/*.json`: `benchmarks/tables.py`.
 
-Each table stands between a pair of comments that name its JSON file; what is outside them is written by hand.
-`--check` only says whether the document is up to date.
+Each table stands between a pair of comments that name it; what is outside them is written by hand. `--check` only says
+whether the documents are up to date.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kka_ray.detectors.sources import KINDS
 from kka_ray.report import wording
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "results.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 RESULTS = ROOT / "benchmarks" / "results"
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ARMS = {name: words.removesuffix(" (control)") for name, words in wording.ARMS.items()}
@@ -37,6 +37,13 @@ _RATIOS = {
     "scaling_64": ("64 simulated workers, of the ideal", "≥", 0.9),
     "scaling_256": ("256 simulated workers, of the ideal", "≥", 0.8),
     "orchestration_share": ("run of three rounds: part of the time in which no stage computes", "≤", 0.1),
+}
+
+_OVERVIEW = {
+    "cifar100_furniture": "CIFAR-100, furniture",
+    "oxford102": "Oxford-102, poppies",
+    "ucm_captions": "UC Merced, tanks and courts",
+    "folder": "magnetic tiles, as a folder",
 }
 
 _SOURCES = {
@@ -97,6 +104,32 @@ def real_data(result: Mapping[str, Any]) -> str:
             f"round {rates}; {case['wall_seconds']:.0f} s.\n{said}\n{_detectors(case['detectors'])}"
         )
     return "\n".join(parts)
+
+
+def overview(result: Mapping[str, Any]) -> str:
+    """The cases of real images without another mode in one table, each a row."""
+    arms = {
+        "k-NN": ("knn", "baseline"),
+        "SimpleNet, normals only": ("simplenet", "baseline"),
+        "SimpleNet, KKA": ("simplenet", "kka"),
+        "head + k-NN, zero-th": ("fused", "zeroth"),
+        "head + k-NN, KKA": ("fused", "kka"),
+        "head + k-NN, drawn normals": ("fused", "drawn_normals"),
+    }
+    rows = [["run", "normals", *arms, "hard rate"]]
+    for name, case in result.items():
+        if name in _OVERVIEW:
+            scores = (case["detectors"].get(detector, {}).get(arm) for detector, arm in arms.values())
+            rates = [case["rounds"][0]["hard_rate"], case["rounds"][-1]["hard_rate"]]
+            rows.append(
+                [
+                    _OVERVIEW[name],
+                    f"{case['normals']:,}",
+                    *(f"{score['mean']:.3f}" if score else "" for score in scores),
+                    " → ".join(f"{rate:.0%}".replace("%", " %") for rate in rates),
+                ]
+            )
+    return _table(rows)
 
 
 def _shipped() -> set[str]:
@@ -324,18 +357,22 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "objective": objective,
     "ceiling": ceiling,
     "real_data": real_data,
+    "overview": overview,
     "detectors": detectors,
     "detector_speed": detector_speed,
     "throughput": throughput,
     "chaos": chaos,
 }
 
+_FILES = {"overview": "real_data"}
+"""Of tables that are not named as their JSON."""
+
 
 def written(document: str) -> str:
     """The document with every table written anew; a table whose JSON is not there says so."""
 
     def fill(match: re.Match[str]) -> str:
-        file = RESULTS / f"{match[2]}.json"
+        file = RESULTS / f"{_FILES.get(match[2], match[2])}.json"
         body = TABLES[match[2]](json.loads(file.read_text())) if file.is_file() else "Not measured yet.\n"
         return f"{match[1]}\n{body}\n{match[3]}"
 
@@ -375,11 +412,13 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    text = DOCUMENT.read_text()
-    new = written(text)
-    if "--check" in sys.argv:
-        raise SystemExit(0 if new == text else f"{DOCUMENT} is out of date: run python benchmarks/tables.py")
-    DOCUMENT.write_text(new)
+    for file in DOCUMENTS:
+        text = file.read_text()
+        new = written(text)
+        if "--check" not in sys.argv:
+            file.write_text(new)
+        elif new != text:
+            raise SystemExit(f"{file} is out of date: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":
