@@ -160,10 +160,11 @@ def test_collapse_is_reported_and_judges_nobody(evaluator) -> None:
 def test_a_fold_that_collapsed_has_no_say_in_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
     variances = iter([0.0, 1.0, 1.0])
     monkeypatch.setattr(judging, "relative_variance", lambda *_: next(variances))
-    result = run(30)
+    result = run(30, CONFIG.model_copy(update={"lower_quantile": 0.7}))
     sound = result.validation_hardness.reshape(3, -1)[1:]
     assert result.band is not None
-    assert result.band.lower == np.quantile(sound, CONFIG.lower_quantile)
+    assert result.band.lower == np.quantile(sound, 0.7)
+    assert result.band.lower != np.quantile(result.validation_hardness, 0.7)
     assert {v.label for v in result.verdicts if v.fold == 0} == {"between"}
     assert all(v.label == result.band.label(v.hardness) for v in result.verdicts if v.fold > 0)
 

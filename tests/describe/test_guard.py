@@ -72,6 +72,12 @@ def test_names_count_at_the_largest_similarity_too(encoder: TextEncoder) -> None
     assert not guard.is_normal_class("a wooden stool in a kitchen")
 
 
+def test_it_is_the_noun_that_is_compared_with_the_names(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(), ("chair",), (), encoder)
+    assert guard.is_normal_class("a green armchair in a garden")
+    assert not guard.is_normal_class("an armchair factory in a city")
+
+
 def test_copies_are_refused_in_order(encoder: TextEncoder) -> None:
     guard = Guard(GuardConfig(), (), (), encoder)
     lines = [" a small red fox in the snow\n", " A small red fox in the snow.\n", " a rocket on its launch pad\n"]

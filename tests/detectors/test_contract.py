@@ -118,6 +118,26 @@ def test_what_weighs_more_among_anomalies_scores_more(kind):
     assert margins[0] > margins[1] > margins[2]
 
 
+@pytest.mark.parametrize("kind", ["simplenet", "head", "mlp_head", "energy_head", "deep_sad"])
+def test_what_views_of_normals_show_as_well_is_no_anomaly(kind):
+    """Views of anomalies alone would teach what a view is: here, a step along an axis of its own."""
+
+    def seen(features: Features) -> Features:
+        pooled = features.pooled + 0.3 * np.eye(24, dtype=np.float32)[2]
+        return replace(features, pooled=pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+
+    anomalies = replace(ANOMALIES, views=seen(_features(60, 7, 1.0)))
+    config, apart = _config(kind), []
+    if kind == "simplenet":  # so few normals are learned from slowly
+        config = config.model_copy(update={"epochs": 10, "learning_rate": 1e-2})
+    for normals in (NORMALS, replace(NORMALS, views=seen(_features(60, 8)))):
+        detector = build(config)
+        detector.fit(normals, anomalies, VALIDATION, 0)
+        scores = detector.score(Features.join([TEST_NORMALS, seen(TEST_NORMALS)]))
+        apart.append(roc_auc_score(np.repeat([0, 1], 60), scores))
+    assert apart[1] < apart[0] - 0.05
+
+
 def test_the_configuration_knows_which_detectors_ignore_anomalies():
     assert {kind for kind in KINDS if build(_config(kind)).ignores_anomalies} == set(IGNORE_ANOMALIES)
 

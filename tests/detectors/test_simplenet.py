@@ -144,6 +144,24 @@ def _patchy(count: int, generator: torch.Generator, odd: bool = False) -> Featur
     return Features(torch.randn(count, 8, generator=generator).numpy(), patches.half().numpy())
 
 
+def test_of_an_anomaly_its_most_anomalous_patches_are_learned():
+    generator = torch.Generator().manual_seed(0)
+
+    def make(count: int, odd: float = 0.0) -> Features:
+        patches = torch.randn(count, 4, 4, 8, generator=generator)
+        patches[:, 0, 0, 0] += odd
+        return Features(torch.randn(count, 8, generator=generator).numpy(), patches.half().numpy())
+
+    normals, validation, anomalies, probe = make(300), make(30), make(20, 3.0), make(60, 3.0)
+    margins = []
+    for weight in (0.0, 5.0):
+        detector = SimpleNetDetector(SimpleNet(epochs=12, anomaly_weight=weight, anomaly_patches=1))
+        detector.fit(normals, anomalies, validation, 0)
+        heat = detector.heatmap(probe)
+        margins.append(np.median(heat[:, 0, 0]) - np.median(heat[:, 1:, 1:]))
+    assert margins[1] > margins[0] + 0.1
+
+
 def test_patches_do_not_count_where_held_out_normals_have_anomalous_ones():
     generator = torch.Generator().manual_seed(0)
     train, alike, odd = _patchy(60, generator), _patchy(20, generator), _patchy(20, generator, odd=True)
