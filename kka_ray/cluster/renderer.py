@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,11 +155,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     config, folder = arguments["config"], Path(arguments["folder"])
     torch.set_num_threads(arguments["threads"])
     rank, world = train.rank()
-    if rank == 0:
-        _data(config, folder)
-    if world > 1:
-        torch.distributed.barrier()
-    data = _data(config, folder)
+    data = _data(config, folder, rank)
     torch.manual_seed(config.training.seed)
     device = train.device(config.cluster)
     network = _network(config).to(device)
@@ -288,10 +285,11 @@ class _Track:
             tracking.end_run(self._uri, self._run, {})
 
 
-def _data(config: RendererConfig, folder: Path) -> TrainingData:
+def _data(config: RendererConfig, folder: Path, rank: int) -> TrainingData:
     """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training.
 
-    Beside them lies how many images each source has, and how many were left out.
+    Beside them lies how many images each source has, and how many were left out. The first worker makes them, and the
+    others look for its file: at a barrier they would give up after half an hour, which large sources take.
     """
     from kka_ray.features.text import TextEncoder
     from kka_ray.render.domain import LEAST
@@ -300,7 +298,8 @@ def _data(config: RendererConfig, folder: Path) -> TrainingData:
 
     made_of = config.model_dump(mode="json", include={"data", "sources", "network", "captions"})
     identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT, state_of_files(config)], sort_keys=True)
-    found = TrainingData.load(folder / _DATA, identity)
+    while (found := TrainingData.load(folder / _DATA, identity)) is None and rank > 0:
+        time.sleep(1)
     if found is not None:
         return found
     images, captions, counts = read_sources(config)

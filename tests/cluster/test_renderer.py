@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ def kka(*arguments: object) -> str:
     done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_workers_wait_for_the_images_of_the_first_one_however_long_it_takes(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    config = load(file, RendererConfig, [f"output={tmp_path}", "sources=[{kind: flowers, count: 32}]"])
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(_data, config, tmp_path, 1)
+        with pytest.raises(TimeoutError):
+            other.result(timeout=1.5)
+        made = _data(config, tmp_path, 0)
+        assert other.result(timeout=60).identity() == made.identity()
 
 
 def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_path: Path, monkeypatch) -> None:
@@ -164,7 +177,7 @@ def test_too_few_images_are_refused_before_the_training(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(CONFIG.replace("count: 256", f"count: {LEAST - 1}"))
     with pytest.raises(DataError, match=f"at least {LEAST} images, the sources hold {LEAST - 1}"):
-        _data(load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path)
+        _data(load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path, 0)
 
 
 @pytest.mark.slow
