@@ -220,7 +220,7 @@ def streamer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Streamer:
     played = _Played(streamer.store)
     monkeypatch.setattr(streaming, "drain", played.drain)
     streamer._samplers, streamer._renderers, streamer._turns = played.samplers, played.renderers, False  # type: ignore[assignment]
-    streamer._later, streamer._early, streamer.normals = [], [], streaming.Drawn()
+    streamer._later, streamer._early, streamer._unread, streamer.normals = [], [], {}, streaming.Drawn()
     streamer.guard = _Guard()  # type: ignore[assignment]
     streamer.sampler_identity, streamer.renderer_identity, streamer._sampler_versions = "s", "r", {}
     captions = tuple(f"normal {i}" for i in range(40))
