@@ -116,9 +116,11 @@ def overview(result: Mapping[str, Any]) -> str:
         "head + k-NN, KKA": ("fused", "kka"),
         "head + k-NN, drawn normals": ("fused", "drawn_normals"),
     }
-    rows = [["run", "normals", *arms, "hard rate"]]
+    rows, old, shipped = [["run", "normals", *arms, "hard rate"]], "", _shipped()
     for name, case in result.items():
         if name in _OVERVIEW:
+            if said := _outdated(case.get("made_with", {}), shipped):
+                old += f"\n{_OVERVIEW[name]}: {said.strip()[0].lower()}{said.strip()[1:]}\n"
             scores = (case["detectors"].get(detector, {}).get(arm) for detector, arm in arms.values())
             rates = [case["rounds"][0]["hard_rate"], case["rounds"][-1]["hard_rate"]]
             rows.append(
@@ -129,7 +131,7 @@ def overview(result: Mapping[str, Any]) -> str:
                     " → ".join(f"{rate:.0%}".replace("%", " %") for rate in rates),
                 ]
             )
-    return _table(rows)
+    return _table(rows) + old
 
 
 def _shipped() -> set[str]:

@@ -62,3 +62,13 @@ def test_a_check_that_no_seed_could_measure_is_said_to_be_not_measured(tables: M
     text = tables.demo({"seeds": 2, "checks": checks, "auc": {"simplenet": {"baseline": some}}, "runs": [{}, {}]})
     assert "| KKA minus zero-th | not measured | > 0 | **no** |" in text
     assert "| simplenet | 0.9000 ± 0.0000 in 1 of 2 seeds |" in text
+
+
+def test_the_overview_says_which_of_its_rows_are_old(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_shipped", lambda: {"now"})
+    case = {"normals": 1250, "detectors": {"knn": {"baseline": {"mean": 0.9}}}, "rounds": [{"hard_rate": 0.25}] * 2}
+    new, old = ({"renderer": r, "detectors": tables.tuned.VERSION} for r in ("now", "before"))
+    text = tables.overview({"oxford102": case | {"made_with": new}, "folder": case | {"made_with": old}})
+    assert "| Oxford-102, poppies | 1,250 | 0.900 |" in text
+    assert text.endswith("\nmagnetic tiles, as a folder: measured with earlier weights of the renderer.\n")
+    assert text.count("measured with") == 1
