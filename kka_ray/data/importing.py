@@ -111,14 +111,14 @@ def _row(entry: Entry, size: int | None) -> dict[str, Any]:
 
 
 def _mask(file: Path, shape: tuple[int, int], size: int | None) -> bytes | None:
-    """A mask as a PNG of 1 bit, white at defects; none if it is black. `shape`: width and height of its picture."""
-    marked = decode(content_of(file), str(file))[..., 0] > 127
-    mask = Image.fromarray(marked)
+    """A mask as a PNG of 1 bit, white at defects; none if it is black, or is so once scaled. `shape`: width and height
+    of its picture."""
+    mask = Image.fromarray(decode(content_of(file), str(file))[..., 0] > 127)
     if mask.size != shape:
         raise DataError(f"{file} has the size {mask.size}, its picture {shape}; fetch both again")
-    buffer = io.BytesIO()
-    _scaled(mask, size, Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue() if marked.any() else None
+    scaled, buffer = _scaled(mask, size, Image.Resampling.NEAREST), io.BytesIO()
+    scaled.save(buffer, "PNG")
+    return buffer.getvalue() if scaled.getbbox() else None
 
 
 def _scaled(image: Image.Image, size: int | None, how: Image.Resampling) -> Image.Image:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -299,6 +300,15 @@ def test_masks_are_scaled_with_their_pictures(tiles, tmp_path):
             assert decode(content, "row").shape == (10, 15, 3)
 
 
+def test_a_mask_that_is_black_once_it_is_scaled_is_none(tiles, tmp_path):
+    speck = np.zeros((20, 30), np.uint8)
+    speck[0, 0] = 255
+    tile(tiles, "Crack", 12_000, 1, speck)
+    for size, masks in ((None, 1), (10, 0)):
+        import_set("magnetic_tile", tiles, tmp_path / f"out{size}", size=size)
+        assert sum(r["mask"] is not None for r in rows(tmp_path / f"out{size}", "all", "mask")) == masks
+
+
 def test_damaged_tiles_leave_nothing(tiles, tmp_path):
     put(tiles / "MT_Crack" / "Imgs" / "exp1_num_12000.png", noise(1, 20, 29))
     with pytest.raises(DataError, match=r"exp1_num_12000\.png has the size \(29, 20\)"):
@@ -341,6 +351,26 @@ def test_what_cannot_be_imported(cifar, tmp_path):
         with pytest.raises(kind, match=said):
             import_set(name, source, tmp_path / target)
     assert {p.name for p in tmp_path.iterdir()} == {"in", "full"}
+
+
+def test_a_link_to_an_empty_folder_is_filled(cifar, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    import_set("cifar100", cifar, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(shards(tmp_path / "there", "train")) == 1
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_import(cifar, tmp_path, monkeypatch):
+    monkeypatch.setitem(importing.SETS, "cifar100", lambda _: pytest.fail("the set was read"))
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.is_mount", lambda self: self == tmp_path / "out")
+        with pytest.raises(DataError, match="out is the current folder or a mount point"):
+            import_set("cifar100", cifar, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(DataError, match="is the current folder or a mount point"):
+        import_set("cifar100", cifar, Path())
 
 
 def test_the_verb(cifar, tmp_path):
