@@ -215,7 +215,7 @@ def weights(folder: Path) -> list[Path]:
     """The safetensors that a library loads from a model's folder; none where nothing says which they are.
 
     Repositories hold more: other precisions, and the same weights for other programs. Raises AssetError if an index
-    names a file that is not there.
+    is damaged or names a file that is not there.
     """
     if (folder / "model_index.json").is_file():
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
@@ -224,7 +224,10 @@ def weights(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         return [single] if single.is_file() else []
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError(f"{index} is damaged, it names no weights ({error!r}); copy or fetch it again") from error
     if missing := [file for file in files if not file.is_file()]:
         raise AssetError(f"the model in {folder} is incomplete: {missing[0]} is missing; copy or fetch it again")
     return files

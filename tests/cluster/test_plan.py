@@ -190,3 +190,11 @@ def test_a_model_without_one_of_its_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(AssetError, match=r"second\.safetensors is missing"):
         weights_bytes(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ['{"metadata"', "{}", "[]", '{"weight_map": []}'])
+def test_a_damaged_index_of_weights_is_an_error_with_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(AssetError, match=r"model\.safetensors\.index\.json is damaged"):
+        weights_bytes(str(tmp_path))
