@@ -288,19 +288,19 @@ class Streamer:
     def _forget_failures(self) -> None:
         """Drops the chunks with failed images from the store, so that the same command tries them again.
 
-        Those that were drawn and not read yet count as well. Rows at fault, all failed lines among them, are no matter:
-        a chunk with them has a key of its own.
+        Those that were drawn and not read yet count as well. Chunks with rows at fault, as failed lines are, may stay:
+        they have keys of their own.
         """
         from kka_ray.render.renderer import VERSION
 
         self._renderers.stop()  # else they would commit more
+        for key in self._failures:
+            self.store.remove("render", key)
         for inputs in self._unread.values():
             key = stage_key("render", VERSION, inputs)
             output = self.store.find("render", key)
             if output and any(row.status == "failed" for row in from_table(Rendering, output.table())):
-                self._failures.add(key)
-        for key in self._failures:
-            self.store.remove("render", key)
+                self.store.remove("render", key)
 
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
         config, lines = self.config.describe, self.config.loop.lines
