@@ -118,7 +118,7 @@ def test_the_rate_falls_from_its_own_to_nothing_on_a_cosine():
 
     def epoch(step) -> None:
         for _ in range(4):
-            places.append(float(module.weight))
+            places.append(float(module.weight.detach()))
             module.weight.grad = torch.ones(1, 1)
             step()
 
