@@ -119,8 +119,8 @@ def overview(result: Mapping[str, Any]) -> str:
     rows, old, shipped = [["run", "normals", *arms, "hard rate"]], "", _shipped()
     for name, case in result.items():
         if name in _OVERVIEW:
-            if said := _outdated(case.get("made_with", {}), shipped):
-                old += f"\n{_OVERVIEW[name]}: {said.strip()[0].lower()}{said.strip()[1:]}\n"
+            if changed := _changed(case.get("made_with", {}), shipped):
+                old += f"\n{_OVERVIEW[name]}: measured with earlier {changed}.\n"
             scores = (case["detectors"].get(detector, {}).get(arm) for detector, arm in arms.values())
             rates = [case["rounds"][0]["hard_rate"], case["rounds"][-1]["hard_rate"]]
             rows.append(
@@ -140,11 +140,17 @@ def _shipped() -> set[str]:
 
 
 def _outdated(made_with: Mapping[str, Any], shipped: Container[str] | None = None) -> str:
+    """The line that says what has changed since a measurement; see `_changed`."""
+    changed = _changed(made_with, shipped)
+    return f"\nMeasured with earlier {changed}.\n" if changed else ""
+
+
+def _changed(made_with: Mapping[str, Any], shipped: Container[str] | None) -> str:
     """What has changed since a measurement; `shipped` are the identities of the built-in renderers, None where none
     drew."""
     changed = ["weights of the renderer"] if shipped is not None and made_with.get("renderer") not in shipped else []
     changed += ["versions of the detectors"] if made_with.get("detectors") != tuned.VERSION else []
-    return f"\nMeasured with earlier {' and '.join(changed)}.\n" if changed else ""
+    return " and ".join(changed)
 
 
 _PAPER = 0.7462

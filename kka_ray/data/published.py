@@ -258,10 +258,9 @@ def content_of(file: Path) -> bytes:
 def _matlab(folder: Path, name: str, key: str) -> list[int]:
     """A vector of a MATLAB file."""
     file = _one(folder, name, "Oxford-102")
+    content = content_of(file)
     try:
-        return [int(value) for value in loadmat(io.BytesIO(content_of(file)))[key].ravel()]
-    except DataError:
-        raise
+        return [int(value) for value in loadmat(io.BytesIO(content))[key].ravel()]
     except Exception as error:  # the reader raises many types on damaged files
         raise DataError(f"{file} cannot be read as a MATLAB file with {key} ({error!r}); fetch it again") from error
 
