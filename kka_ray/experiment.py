@@ -33,7 +33,7 @@ from kka_ray.errors import ConfigError, DataError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
-from kka_ray.files import absolute_path, write_json, write_text
+from kka_ray.files import absolute_path, write_json, write_text, written
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, extract_images, prepare
@@ -456,6 +456,5 @@ def _check_room(store: Store) -> None:
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    temporary = path.with_suffix(".partial")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.rename(path.with_suffix(".parquet"))
+    with written(path.with_suffix(".parquet")) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

@@ -141,6 +141,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     """One worker: the first draws or reads the sources, all train, and the first writes the pipeline with its card."""
     import numpy as np
     import torch
+    from ray.train.collective import broadcast_from_rank_zero
 
     from kka_ray.features.backbone import Backbone
     from kka_ray.features.text import TextEncoder
@@ -149,13 +150,15 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.render.export import draw_samples, export_pipeline
     from kka_ray.render.matching import train_matcher
     from kka_ray.render.perceptual import Perceptual
+    from kka_ray.render.sources import state_of_files
     from kka_ray.render.training import Settings, Trainer
     from kka_ray.render.training import train as train_network
 
     config, folder = arguments["config"], Path(arguments["folder"])
     torch.set_num_threads(arguments["threads"])
     rank, world = train.rank()
-    data = _data(config, folder, rank)
+    files = broadcast_from_rank_zero(state_of_files(config) if rank == 0 else None)
+    data = _data(config, folder, rank, files)
     torch.manual_seed(config.training.seed)
     device = train.device(config.cluster)
     network = _network(config).to(device)
@@ -233,6 +236,8 @@ def _network(config: RendererConfig) -> FlowTransformer:
             f"start: {config.start} was distilled: it draws in a few steps, with guidance, and in no other way. Begin "
             "with the renderer that it was distilled from"
         )
+    if wanted["overlap"] > network.config["overlap"]:
+        network = network.overlapping(wanted["overlap"])
     differing = {name: network.config[name] for name, value in wanted.items() if network.config[name] != value}
     if differing:
         raise ConfigError(f"start: the network of {config.start} has {differing}; give `network` the same values")
@@ -285,19 +290,20 @@ class _Track:
             tracking.end_run(self._uri, self._run, {})
 
 
-def _data(config: RendererConfig, folder: Path, rank: int) -> TrainingData:
+def _data(config: RendererConfig, folder: Path, rank: int, files: str) -> TrainingData:
     """Images and encoded captions, kept beside the checkpoints for the other workers and for a resumed training.
 
     Beside them lies how many images each source has, and how many were left out. The first worker makes them, and the
-    others look for its file: at a barrier they would give up after half an hour, which large sources take.
+    others look for its file: at a barrier they would give up after half an hour, which large sources take. `files` is
+    the state of the sources' files as the first worker sees it: copies on other machines may bear other times.
     """
     from kka_ray.features.text import TextEncoder
     from kka_ray.render.domain import LEAST
-    from kka_ray.render.sources import read_sources, state_of_files
+    from kka_ray.render.sources import read_sources
     from kka_ray.render.training import TrainingData
 
     made_of = config.model_dump(mode="json", include={"data", "sources", "network", "captions"})
-    identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT, state_of_files(config)], sort_keys=True)
+    identity = json.dumps([made_of, config.training.seed, _DATA_FORMAT, files], sort_keys=True)
     while (found := TrainingData.load(folder / _DATA, identity)) is None and rank > 0:
         time.sleep(1)
     if found is not None:

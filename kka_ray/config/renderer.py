@@ -58,6 +58,7 @@ class NetworkConfig(Strict):
     heads: int = Field(4, ge=1)
     max_text_tokens: int = Field(32, ge=4)
     word_slots: int = Field(8, ge=1)
+    overlap: int = Field(0, ge=0, description="pixels by which a token reaches into the patches around its own")
 
 
 class PerceptualConfig(Strict):

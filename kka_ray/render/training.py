@@ -21,6 +21,7 @@ from torch import Tensor
 from kka_ray.encoders.state import optimizer_state, part, restore_optimizer
 from kka_ray.errors import ConfigError
 from kka_ray.features.text import TextEncoder
+from kka_ray.files import written
 from kka_ray.render.distillation import Teacher
 from kka_ray.render.perceptual import Perceptual
 from kka_ray.render.transformer import FlowTransformer
@@ -28,7 +29,7 @@ from kka_ray.render.transformer import FlowTransformer
 CHECKPOINT = "training.safetensors"
 """Name of the file with a training's state."""
 
-_ONCE_ABSENT: dict[str, Any] = {"perceptual": None, "distil": None}
+_ONCE_ABSENT: dict[str, Any] = {"perceptual": None, "distil": None, "network.overlap": 0}
 """What checkpoints of earlier versions do not name, and how they trained."""
 
 
@@ -81,11 +82,10 @@ class TrainingData:
 
     def save(self, file: Path, identity: str) -> None:
         """Writes everything as safetensors, whole or not at all. `identity` says what it was made of."""
-        temporary = file.with_name(f".{file.name}.partial")
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors["images"] = torch.from_numpy(self.images)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"identity": identity})
-        temporary.rename(file)
+        with written(file) as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"identity": identity})
 
     @classmethod
     def load(cls, file: Path, identity: str) -> TrainingData | None:
@@ -270,10 +270,9 @@ class Trainer:
         for o, optimizer in enumerate(self.optimizers):
             state |= {f"optimizer.{o}.{k}": v for k, v in optimizer_state(optimizer).items()}
         state["step"] = torch.tensor(self.step)
-        temporary = folder / f".{CHECKPOINT}.partial"
         about = {"identity": json.dumps(self.identity, sort_keys=True)}
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary, about)
-        temporary.rename(folder / CHECKPOINT)
+        with written(folder / CHECKPOINT) as temporary:
+            save_file({k: v.contiguous() for k, v in state.items()}, temporary, about)
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`. Raises ConfigError if the checkpoint is of another training."""

@@ -5,6 +5,9 @@ with the patches of the noisy image: a sequence is what costs time, and texts ar
 modulate every block through one shared projection and a table a block (adaptive norm, PixArt's way). The network
 predicts the clean image, from which the flow's velocity follows: with large patches the clean image lies on a thin
 manifold that a narrow network can reach, while noise does not (after Li and He, "Back to Basics", 2025).
+
+Patches that are drawn side by side show their seams. With `overlap` a token sees and draws more than its patch, and
+what several draw is added up.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class FlowTransformer(ModelMixin, ConfigMixin):
         text_width: width of the text encoder's token states.
         max_text_tokens: longer texts are cut.
         word_slots: tokens that the text takes in the sequence.
+        overlap: pixels by which what a token sees and draws reaches into the patches around its own.
     """
 
     @register_to_config
@@ -46,11 +50,13 @@ class FlowTransformer(ModelMixin, ConfigMixin):
         text_width: int = 384,
         max_text_tokens: int = 32,
         word_slots: int = 8,
+        overlap: int = 0,
     ) -> None:
         super().__init__()
         if image_size % patch or width % heads:
             raise ValueError(f"image_size {image_size} / patch {patch} and width {width} / heads {heads} must be whole")
-        self.patch_in = nn.Linear(3 * patch * patch, width)
+        self.side = patch + 2 * overlap
+        self.patch_in = nn.Linear(3 * self.side**2, width)
         self.text_in = nn.Linear(text_width, width)
         self.no_text = nn.Parameter(torch.zeros(1, 1, text_width))
         self.image_position = nn.Parameter(torch.randn(1, (image_size // patch) ** 2, width) * 0.02)
@@ -63,7 +69,7 @@ class FlowTransformer(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, 3 * patch * patch)
+        self.patch_out = nn.Linear(width, 3 * self.side**2)
         for layer in (self.modulation[1], self.modulation_out, self.patch_out):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
@@ -88,17 +94,43 @@ class FlowTransformer(ModelMixin, ConfigMixin):
         condition = self.time_in(_time_embedding(time).to(text.dtype)) + self.pooled_in(pooled)
         modulation = self.modulation(condition).view(len(noisy), 6, -1)
 
-        patch = self.config.patch
         words = self.text_in(text) + self.text_position[:, : text.shape[1]]
         slots = self.slots.expand(len(noisy), -1, -1)
         slots = slots + self.gather(slots, words, words, key_padding_mask=~mask, need_weights=False)[0]
-        image = self.patch_in(_to_patches(noisy, patch)) + self.image_position
+        image = self.patch_in(self._to_patches(noisy)) + self.image_position
         tokens = torch.cat([slots, image], 1)
         for block in self.blocks:
             tokens = block(tokens, modulation)
         shift, scale = self.modulation_out(functional.silu(condition))[:, None].chunk(2, -1)
         out = self.norm_out(tokens[:, slots.shape[1] :]) * (1 + scale) + shift
-        return _to_image(self.patch_out(out), patch, noisy.shape[-1])
+        return self._to_image(self.patch_out(out), noisy.shape[-1])
+
+    def overlapping(self, overlap: int) -> FlowTransformer:
+        """A network with another overlap, at least its own, that draws what this one draws until it is trained."""
+        more = overlap - self.config.overlap
+        wider = FlowTransformer(**(dict(self.config) | {"overlap": overlap}))
+
+        def spread(pixels: Tensor) -> Tensor:
+            """(3 * side^2, N) with zeros around each patch."""
+            patches = pixels.view(3, self.side, self.side, -1).movedim(-1, 0)
+            return functional.pad(patches, (more,) * 4).flatten(1).T
+
+        state = self.state_dict()
+        state["patch_in.weight"] = spread(state["patch_in.weight"].T).T
+        state["patch_out.weight"] = spread(state["patch_out.weight"])
+        state["patch_out.bias"] = spread(state["patch_out.bias"][:, None])[:, 0]
+        wider.load_state_dict(state)
+        return wider
+
+    def _to_patches(self, image: Tensor) -> Tensor:
+        """(B, N, 3 * side^2) of (B, 3, H, W); beyond the image there are zeros."""
+        patch, overlap = self.config.patch, self.config.overlap
+        return functional.unfold(image, self.side, padding=overlap, stride=patch).transpose(1, 2)
+
+    def _to_image(self, patches: Tensor, size: int) -> Tensor:
+        """The inverse: patches are added where they overlap, and end with the image."""
+        patch, overlap = self.config.patch, self.config.overlap
+        return functional.fold(patches.transpose(1, 2), size, self.side, padding=overlap, stride=patch)
 
 
 class _Block(nn.Module):
@@ -134,12 +166,3 @@ def _time_embedding(time: Tensor) -> Tensor:
     frequencies = torch.exp(torch.arange(128, device=time.device) * (-math.log(10_000.0) / 128))
     angles = 1000.0 * time.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def _to_patches(image: Tensor, patch: int) -> Tensor:
-    return functional.pixel_unshuffle(image, patch).flatten(2).transpose(1, 2)
-
-
-def _to_image(patches: Tensor, patch: int, size: int) -> Tensor:
-    side = size // patch
-    return functional.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), patch)

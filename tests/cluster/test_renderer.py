@@ -58,13 +58,13 @@ def test_workers_wait_for_the_images_of_the_first_one_however_long_it_takes(tmp_
     def sleep(seconds: float) -> None:
         waited.append(seconds)
         if len(waited) == 3:
-            _data(config, tmp_path, 0)
+            _data(config, tmp_path, 0, "as the first sees them")
         assert len(waited) <= 3, "what the first worker made is not found"
 
     monkeypatch.setattr("kka_ray.cluster.renderer.time", SimpleNamespace(sleep=sleep))
-    other = _data(config, tmp_path, 1)
+    other = _data(config, tmp_path, 1, "as the first sees them")
     assert len(waited) == 3
-    assert other.identity() == _data(config, tmp_path, 0).identity()
+    assert other.identity() == _data(config, tmp_path, 0, "as the first sees them").identity()
 
 
 def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_path: Path, monkeypatch) -> None:
@@ -183,7 +183,7 @@ def test_too_few_images_are_refused_before_the_training(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(CONFIG.replace("count: 256", f"count: {LEAST - 1}"))
     with pytest.raises(DataError, match=f"at least {LEAST} images, the sources hold {LEAST - 1}"):
-        _data(load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path, 0)
+        _data(load(file, RendererConfig, [f"output={tmp_path}"]), tmp_path, 0, "")
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_a_training_goes_on_and_is_finished_from_its_checkpoint(tmp_path: Path) 
     file, output = tmp_path / "tiny.yaml", tmp_path / "renderers"
     file.write_text(CONFIG)
     train = ["renderer", "train", file, "-o", f"output={output}"]
-    kka(*train, "-o", "training.steps=50")
+    kka(*train, "-o", "training.steps=50", "-o", "workers=2")
     kka(*train, "-o", "training.steps=100")
     folder = output / "tiny"
     steps = [json.loads(line)["step"] for line in (folder / "training.jsonl").read_text().splitlines()]
