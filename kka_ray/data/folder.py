@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,10 @@ class FolderModule(DataModule):
             return []
         kinds = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         kinds.sort(key=lambda name: name != GOOD)
-        return [(file, kind) for kind in kinds for file in image_files(folder / kind, recursive=True)]
+        return [(file, _text(kind)) for kind in kinds for file in image_files(folder / kind, recursive=True)]
+
+    def _name(self, file: Path) -> str:
+        return _text(file.relative_to(self.root).as_posix())
 
     def _normal_folder(self) -> Path:
         for folder in (self.root / "train" / GOOD, self.root / GOOD):
@@ -144,7 +148,7 @@ class FolderModule(DataModule):
         """Decodes files, beside `held` bytes of images that are there. Raises DataError if all fill the memory."""
         loaded, allowed = _Loaded([], [], []), _SHARE_OF_MEMORY * usable_memory()
         for file in files:
-            name = file.relative_to(self.root).as_posix()
+            name = self._name(file)
             try:
                 image = read_image(file, name, self.config.max_pixels)
             except (DataError, OSError) as error:
@@ -175,7 +179,7 @@ class FolderModule(DataModule):
 
     def _image_set(self, loaded: _Loaded, kinds: Sequence[str], *, captions_required: bool) -> ImageSet:
         return ImageSet(
-            tuple(file.relative_to(self.root).as_posix() for file in loaded.files),
+            tuple(self._name(file) for file in loaded.files),
             tuple(loaded.images),
             self._captions(loaded.files, kinds, required=captions_required),
             tuple(kinds),
@@ -192,7 +196,7 @@ class FolderModule(DataModule):
         if lacking and required:
             raise DataError(
                 f"{self.config.captions} has no caption for {len(lacking)} of the normal images, the first of them "
-                f"{lacking[0].relative_to(self.root).as_posix()}; add them, or leave data.captions out"
+                f"{self._name(lacking[0])}; add them, or leave data.captions out"
             )
         return tuple(table.get(f, text) for f, text in zip(files, from_templates, strict=True))
 
@@ -277,6 +281,11 @@ def read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
     if size > _BYTES_PER_PIXEL * max_pixels + _HEADER_BYTES:
         raise TooLargeError(f"{name}: the file has {size} bytes, more than {max_pixels} pixels can take; scale it down")
     return decode(file.read_bytes(), name, max_pixels)
+
+
+def _text(name: str) -> str:
+    """A file's name as text, which is all that records and captions hold: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _group(name: str, pattern: str) -> str:

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 
@@ -299,6 +300,23 @@ def test_images_of_one_object_stay_together(tmp_path, write_images, picture):
         assert len(parts[1]) == 2  # of 7, by its own the file that does not match
         seen |= parts[1]
     assert len(seen) > 3
+
+
+def test_names_that_are_no_utf_8_are_escaped(mvtec):
+    good, latin = os.fsencode(mvtec / "train" / "good"), b"caf\xe9"
+    os.rename(sorted(os.scandir(good), key=lambda entry: entry.name)[0], good + b"/" + latin + b".png")
+    with open(good + b"/" + latin + b"2.png", "wb") as stream:
+        stream.write(b"no image")
+    os.rename(mvtec / "test" / "scratch", os.fsencode(mvtec / "test") + b"/" + latin)
+    data = open_data(config(mvtec), 0)
+    normals, test = data.normals(), data.test()
+    assert "train/good/caf\\xe9.png" in normals.train.ids + normals.validation.ids
+    assert [name for name, _ in data.skipped] == ["train/good/caf\\xe92.png"]
+    assert "caf\\xe9" in test.classes
+    # What goes into records, keys and prompts is text.
+    for part in (normals.train, normals.validation, test):
+        "".join((*part.ids, *part.classes, *part.captions)).encode()
+        part.identity()
 
 
 @pytest.mark.parametrize(("group", "said"), [("part(", "no regular expression"), ("part", "one pair of brackets")])
