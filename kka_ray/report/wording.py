@@ -201,7 +201,7 @@ def _without_anomalies(summary: Mapping[str, Any], calibration: Mapping[str, Any
         yield f"{detector} was trained on normal images alone, as no drawn image was kept."
     yield (
         f"It calls an image anomalous whose score exceeds {calibration['threshold']:.4g}, a threshold that lets "
-        f"{percent(calibration['false_positive_rate'])} of the validation normals be called so by mistake. The normals "
+        f"{percent(summary['validation_flagged'])} of the validation normals be called so by mistake. The normals "
         "that it finds most anomalous are shown below: faults among them belong out of the training images."
     )
 
