@@ -34,4 +34,11 @@ def draw(path: str | Path, count: int, seed: int) -> list[np.ndarray]:
     if parquet:
         rows = read_rows(files, ["image", "source"], pc.field("source").isin(drawn))
         return list(decode_rows(rows, str(folder)))
-    return [decode((folder / name).read_bytes(), str(folder / name)) for name in drawn]
+    return [decode(_content(folder / name), str(folder / name)) for name in drawn]
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error}); give access to it or leave it out") from error

@@ -119,6 +119,17 @@ def test_outside_images_come_from_files_or_parquet_without_repeats(tmp_path):
         draw(tmp_path / "none", 1, seed=0)
 
 
+def test_an_outside_image_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "private.png").write_bytes(encode_png(_normals(1, (5, 7, 3))[0]))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(DataError, match=r"private\.png cannot be read \(.*Permission denied"):
+        draw(tmp_path, 1, seed=0)
+
+
 def test_every_control_can_be_made_and_is_named():
     assert set(get_args(Control)) == {*KINDS, "outside", "drawn_normals"} <= set(ARMS)
     with pytest.raises(ValidationError, match="detect.outside"):
