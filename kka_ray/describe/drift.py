@@ -27,7 +27,7 @@ def distinct_2(lines: Sequence[str]) -> float:
 
 
 def unique_share(lines: Sequence[str]) -> float:
-    """Share of lines that differ from all others, letter case and outer blanks aside; 0 for no lines."""
+    """Different lines as a share of all, letter case and outer blanks aside: of copies one counts; 0 for none."""
     return len({line.strip().lower() for line in lines}) / len(lines) if lines else 0.0
 
 

@@ -25,8 +25,8 @@ _MEASURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("hard_rate", "Hard rate", "lines that became hard images", wording.percent),
     ("normal_class_rate", "Normal-class share", "lines that describe the normal class", wording.percent),
     ("diversity", "Diversity", "mean cosine distance between lines", "{:.3f}".format),
-    ("unique_share", "Unique lines", "share of lines that differ from all others", wording.percent),
-    ("distinct_2", "Distinct-2", "share of word pairs that differ", "{:.3f}".format),
+    ("unique_share", "Unique lines", "different lines as a share of all", wording.percent),
+    ("distinct_2", "Distinct-2", "different word pairs as a share of all", "{:.3f}".format),
     ("perplexity", "Perplexity", "of the lines, under the untuned model", "{:.1f}".format),
 )
 

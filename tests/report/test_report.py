@@ -14,6 +14,7 @@ from PIL import Image
 
 import kka_ray.report
 from kka_ray.data.decode import encode_png
+from kka_ray.describe.drift import unique_share
 from kka_ray.errors import StoreError
 from kka_ray.report import charts, pictures, wording, write_report
 
@@ -307,6 +308,13 @@ def test_reading_says_in_how_many_seeds_kka_is_better(write_fake_run):
     summary["auc"]["kka"] |= {"per_seed": worse, "mean": float(np.mean(worse))}
     text = wording.reading(summary, {})
     assert "a change of +0.0100, better in 2 of 3 fits" in text
+
+
+def test_unique_lines_are_said_to_be_what_is_counted(write_fake_run):
+    folder, _ = write_fake_run(rounds=2, lines=32)
+    lines = ["a red flower", "a red flower", "a blue flower"]  # one of three differs from all others, two are different
+    assert f"{unique_share(lines):.2f}" == "0.67"
+    assert "different lines as a share of all" in render(folder).text
 
 
 def test_reading_says_what_became_of_the_diversity(write_fake_run):
