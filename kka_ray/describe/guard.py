@@ -176,8 +176,10 @@ class Guard:
     ) -> None:
         self.config = config
         self._encoder = encoder
-        self._terms = {_singular(term.lower()) for term in normal_terms}
-        self._term_vectors = encoder.embed(sorted(self._terms))
+        names = {_singular(term.lower()) for term in normal_terms}
+        self._term_vectors = encoder.embed(sorted(names))
+        # Each word in the form that a subject's words have: "glasses case" is met as "glass case".
+        self._terms = names | {" ".join(map(_singular, name.split())) for name in names}
         self._vocabulary = {w for caption in normal_captions for w in content_words(caption)}
         self._texts: set[str] = set()
         self._vectors = np.zeros((0, self._term_vectors.shape[1]), np.float32)

@@ -72,6 +72,13 @@ def test_names_count_at_the_largest_similarity_too(encoder: TextEncoder) -> None
     assert not guard.is_normal_class("a wooden stool in a kitchen")
 
 
+def test_names_count_whatever_word_of_them_is_in_the_plural(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(subject_similarity=1), ("glasses case", "colt's foot"), (), encoder)
+    assert guard.is_normal_class("a black glasses case on a table")
+    assert guard.is_normal_class("two colt's foot in a garden")
+    assert not guard.is_normal_class("a pair of glasses on a table")
+
+
 def test_it_is_the_noun_that_is_compared_with_the_names(encoder: TextEncoder) -> None:
     guard = Guard(GuardConfig(), ("chair",), (), encoder)
     assert guard.is_normal_class("a green armchair in a garden")
