@@ -14,6 +14,9 @@ from kka_ray.errors import DataError
 SIDE = 32
 """Side of the images that networks without a backbone see, in pixels; that of the images of CIFAR-100."""
 
+_TOGETHER = 16_000_000
+"""Pixels that are resized at once, 240 MB, unless one image has more: 16 photographs of a camera take gigabytes."""
+
 
 def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 images (H, W, 3), (H, W, 1) or (H, W) of any sizes as uint8 (N, 32, 32, 3); one of 32 px stays as it is.
@@ -29,11 +32,12 @@ def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
 def resize_all(images: Sequence[np.ndarray], first: int, size: int) -> Tensor:
     """`resize` of each image, (N, 3, size, size), to the bit; `first` is the index of the first one.
 
-    Colour images of one shape, as those of most data sets are, are resized together, which is faster.
+    Small colour images of one shape, as those of most data sets are, are resized together, which is faster.
     """
     shapes = {(x.shape, x.dtype) for x in images}
     (shape, dtype), *others = shapes
-    if others or dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+    apart = others or dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape
+    if apart or len(images) * shape[0] * shape[1] > _TOGETHER:
         return torch.stack([resize(image, first + i, size) for i, image in enumerate(images)])
     return _interpolate(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float(), size)
 
