@@ -600,7 +600,8 @@ class DetectConfig(Strict):
     false_positive_rate: float = Field(0.05, gt=0, lt=1, description="of validation normals, sets the threshold")
     controls: tuple[Control, ...] = Field(
         ("noise", "cutpaste", "drawn_normals"),
-        description="anomaly sets without a language model, of equal size, for comparison",
+        description="anomaly sets without a language model, for comparison: as many images as the kept set has, or all "
+        "drawn normals where they are fewer",
     )
     outside: str | None = Field(
         None, description="folder of other images, as files or train-*.parquet, for the control outside"
