@@ -1,4 +1,4 @@
-"""Which policy and which random numbers a sampler takes for a task, and what it does with half an adapter."""
+"""Which policy and which random numbers a sampler takes for a task, what it counts, and half an adapter."""
 
 from __future__ import annotations
 
@@ -60,6 +60,32 @@ def test_prompts_with_other_numbers_of_lines_draw_other_random_numbers(worker: S
     worker.work(SampleTask(rows=rows, round=0, seed=6, adapter=None, inputs={"another": 1}))
     seeds = worker.engine.seeds  # type: ignore[attr-defined]
     assert len(seeds) == len(set(seeds)) == 4
+
+
+class _Service(_Engine):
+    """Counts what it is asked, and refuses one prompt after it answered the others."""
+
+    requests = 0
+
+    def sample(self, prompts: Sequence[str], count: int, seed: int) -> list[list[str]]:
+        self.requests += len(prompts)
+        if "refused" in prompts:
+            raise ValueError("the service will not have it")
+        return super().sample(prompts, count, seed)
+
+    def take_usage(self) -> dict[str, int]:
+        taken, self.requests = self.requests, 0
+        return {"requests": taken} if taken else {}
+
+
+def test_what_was_asked_for_answers_that_are_lost_does_not_count(worker: SamplerWorker) -> None:
+    worker.engine = _Service()  # type: ignore[assignment]
+    task = SampleTask(rows=(("p000", "a", 1), ("p001", "refused", 1)), round=0, seed=5, adapter=None, inputs={})
+    with pytest.raises(ValueError, match="will not have it"):
+        worker.work(task)
+    worker.probe(task.part(0, 1))
+    key = worker.work(replace(task, failed={"p001": "refused"}))
+    assert worker.store.reported("sample", str(key)).json("usage") == {"requests": 1}
 
 
 def test_after_half_an_adapter_the_base_model_is_loaded_anew(tmp_path: Path) -> None:
