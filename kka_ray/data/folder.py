@@ -207,16 +207,23 @@ class FolderModule(DataModule):
             with path.open(newline="", encoding="utf-8-sig") as stream:
                 reader = csv.DictReader(stream)
                 columns = set(reader.fieldnames or ())
-                rows = [(reader.line_num, row.get("file"), row.get("caption")) for row in reader]
+                # What is beyond the columns lies under None.
+                rows = [(reader.line_num, row.get("file"), row.get("caption"), row.get(None)) for row in reader]  # type: ignore[call-overload]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(
                 f"data.captions: {path} cannot be read ({error}); it must be a CSV in UTF-8 with the columns "
                 "file and caption, its name relative to data.path"
             ) from error
         if not {"file", "caption"} <= columns:
-            raise DataError(f"{path} must have the columns file and caption; it has {', '.join(sorted(columns))}")
+            there = ", ".join(repr(column) for column in sorted(columns)) or "none"
+            raise DataError(f"{path} must have the columns file and caption, separated by commas; it has {there}")
         table: dict[Path, str] = {}
-        for line, name, caption in rows:
+        for line, name, caption, more in rows:
+            if any(more or ()):
+                raise DataError(
+                    f"{path}, line {line}: it has more cells than there are columns; put a caption with a comma in "
+                    "double quotes"
+                )
             text = " ".join((caption or "").split())
             if not name or not text:
                 raise DataError(f"{path}, line {line}: the file or its caption is empty; fill it in or delete the line")

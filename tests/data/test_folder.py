@@ -236,7 +236,9 @@ def test_csv_with_names_from_either_folder(mvtec):
         (["000.png,a", "999.png,b"], "file,caption", r"line 3: there is no file 999\.png"),
         (["000.png,a", "000.png,b"], "file,caption", r"line 3: 000\.png has a caption already"),
         (["000.png,"], "file,caption", "line 2: the file or its caption is empty"),
-        (["000.png,a"], "name,text", "must have the columns file and caption; it has name, text"),
+        (["000.png,a"], "name,text", "columns file and caption, separated by commas; it has 'name', 'text'"),
+        (["000.png;a"], "file;caption", "separated by commas; it has 'file;caption'"),
+        (["000.png,a screw, from the side"], "file,caption", "line 2: it has more cells than there are columns; put a"),
     ],
 )
 def test_captions_that_do_not_fit(tmp_path, write_images, lines, header, message):
