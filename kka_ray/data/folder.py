@@ -96,6 +96,11 @@ class FolderModule(DataModule):
         images = self._image_set(loaded, [GOOD] * len(loaded.files), captions_required=True)
         if self.config.group is None:
             return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
+        if not any(re.search(self.config.group, name) for name in images.ids):
+            raise DataError(
+                f"data.group: {self.config.group!r} is found in no name of a normal image, as in {images.ids[0]!r}; "
+                "correct it, or leave it out"
+            )
         groups = [_group(name, self.config.group) for name in images.ids]
         count = max(1, round(self.config.validation * len(set(groups))))
         validating = draw_groups(groups, count, self.seed, "validation")

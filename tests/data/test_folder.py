@@ -321,6 +321,14 @@ def test_names_that_are_no_utf_8_are_escaped(mvtec):
         part.identity()
 
 
+def test_a_group_that_no_name_holds_is_refused(tmp_path, write_images):
+    write_images(tmp_path, 12)
+    with pytest.raises(
+        DataError, match=r"data\.group: 'part\(.*is found in no name of a normal image, as in '000\.png'"
+    ):
+        open_data(config(tmp_path, group=r"part(\d)_"), 0).normals()
+
+
 @pytest.mark.parametrize(("group", "said"), [("part(", "no regular expression"), ("part", "one pair of brackets")])
 def test_a_group_must_be_named(tmp_path, group, said):
     with pytest.raises(ValueError, match=said):
