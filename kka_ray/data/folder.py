@@ -86,9 +86,11 @@ class FolderModule(DataModule):
         folder = self._normal_folder()
         files = image_files(folder, recursive=folder != self.root)
         if not files:
+            below = folder == self.root and image_files(folder, recursive=True)
+            where = f" itself, only in sub-folders (as {below[0].relative_to(folder)})" if below else ""
             raise DataError(
-                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); put the normal images into it, "
-                "into good/ or into train/good/"
+                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}){where}; put the normal images into it, "
+                "into good/ or into train/good/" + (", which are read with their sub-folders" if below else "")
             )
         loaded = self._load(files)
         self._note(loaded.skipped)

@@ -57,6 +57,14 @@ def test_flat_layout_does_not_take_sub_folders_for_normals(tmp_path, write_image
     assert len(normals.train) + len(normals.validation) == 12
 
 
+def test_normals_that_lie_in_other_sub_folders_alone_are_named(tmp_path, write_images):
+    write_images(tmp_path / "batch1", 12)
+    with pytest.raises(
+        DataError, match=r"itself, only in sub-folders \(as batch1/000\.png\).*read with their sub-folders"
+    ):
+        open_data(config(tmp_path), 0).normals()
+
+
 def test_sub_folders_of_good_in_the_order_of_paths(tmp_path, write_images):
     write_images(tmp_path / "good" / "b", 6)
     write_images(tmp_path / "good" / "a", 6, 50)
