@@ -22,6 +22,7 @@ from rich.table import Table
 from kka_ray import assets
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
 from kka_ray.errors import StoreError
+from kka_ray.files import absolute_path
 from kka_ray.memory import physical_memory, usable_memory
 
 TEXT_MODEL = "builtin:minilm-l6-v2"
@@ -264,22 +265,22 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
         "backbone.model": config.backbone.model,
     }
     for key, reference in models.items():
-        if assets.is_present(reference):
+        if assets.is_present(assets.absolute(reference)):
             yield Finding(key, "ok", reference)
         else:
             yield Finding(key, "missing", reference, _model_remedy(key, reference))
     if not assets.is_present(TEXT_MODEL):
         yield Finding("text embeddings", "missing", TEXT_MODEL, "kka setup")
     outside = config.detect.outside
-    if outside and not Path(outside).is_dir():
+    if outside and not Path(absolute_path(outside)).is_dir():
         command = "kka run CONFIG -o detect.outside=FOLDER"
         yield Finding("detect.outside", "missing", f"there is no folder {outside}", command)
     if isinstance(config.data, FlowersData):
         yield Finding("data", "ok", "flowers, drawn by kka_ray itself")
         return
-    path = Path(config.data.path)
-    if path.is_dir():
-        yield Finding("data.path", "ok", str(path))
+    path = config.data.path
+    if Path(absolute_path(path)).is_dir():
+        yield Finding("data.path", "ok", path)
     else:
         yield Finding("data.path", "missing", f"there is no folder {path}", "kka run CONFIG -o data.path=FOLDER")
 

@@ -199,3 +199,17 @@ def test_outside_images_that_are_not_there_are_named(tmp_path):
     assert "detect.outside" not in _by_name(
         examine(_config(detect={"outside": str(tmp_path), "controls": ["outside"]}))
     )
+
+
+def test_a_home_folder_is_found_as_a_run_finds_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("screws", "backbone", "others"):
+        (tmp_path / name).mkdir()
+    config = _config(
+        data={"kind": "folder", "path": "~/screws", "description": "a screw"},
+        backbone={"model": "~/backbone"},
+        detect={"outside": "~/others", "controls": ["outside"]},
+    )
+    found = _by_name(examine(config))
+    assert found["data.path"].state == found["backbone.model"].state == "ok"
+    assert "detect.outside" not in found

@@ -51,7 +51,7 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     """
     from kka_ray.render.training import CHECKPOINT, check_checkpoint
 
-    folder = (Path(config.output) / config.name).resolve()
+    folder = (Path(config.output).expanduser() / config.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "checkpoint" / CHECKPOINT).is_file():
         # The images can only be compared by the workers, which have them; the folder's configuration is still the old.
@@ -61,7 +61,7 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     with session(config.cluster):
         # The workers' current folder is another.
         here: dict[str, Any] = {
-            "data": str(Path(config.data).resolve()),
+            "data": str(Path(config.data).expanduser().resolve()),
             "start": config.start and assets.absolute(config.start),
             "tracking": config.tracking.model_copy(
                 update={"uri": config.tracking.uri and tracking.absolute(config.tracking.uri)}
@@ -89,7 +89,7 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
     from kka_ray.render.training import CHECKPOINT
 
-    folder = (Path(config.output) / config.name).resolve()
+    folder = (Path(config.output).expanduser() / config.name).resolve()
     checkpoint = folder / "checkpoint" / CHECKPOINT
     if not checkpoint.is_file():
         raise ConfigError(f"{config.name} has no checkpoint in {checkpoint.parent}; train it first")

@@ -149,8 +149,9 @@ def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> No
 
     def run(name: str, function: Any, arguments: dict[str, Any], *_: Any) -> None:
         seen.append(arguments["config"])
-        (tmp_path / "tiny" / "pipeline").mkdir()
-        (tmp_path / "tiny" / "pipeline" / "model_index.json").touch()
+        pipeline = Path(arguments["folder"], "pipeline")
+        pipeline.mkdir()
+        (pipeline / "model_index.json").touch()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kka_ray.cluster.renderer.session", lambda _: nullcontext())
@@ -160,6 +161,11 @@ def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> No
     train_renderer(load(tmp_path / "tiny.yaml", RendererConfig, overrides), lambda _: None)
     assert seen[0].data == str(tmp_path / "images")
     assert seen[0].tracking.uri == f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    train_renderer(load(tmp_path / "tiny.yaml", RendererConfig, ["output=~/out", "data=~/images"]), lambda _: None)
+    assert seen[1].data == str(tmp_path / "home" / "images")
+    assert not (tmp_path / "~").exists()
 
 
 def test_the_log_of_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
