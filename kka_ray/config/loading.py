@@ -23,12 +23,13 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     """Reads a YAML file into `model`.
 
     The file may name another with `extends: OTHER.yaml` (relative to itself), whose values it overrides key by key.
-    `overrides` are `a.b.c=VALUE`, the value read as YAML. Raises ConfigError with the file, the key and the nearest
-    valid name.
+    `overrides` are `a.b.c=VALUE`, the value read as YAML, unless only a text will do: `name=7` is one. Raises
+    ConfigError with the file, the key and the nearest valid name.
     """
     values = read(Path(path))
     for override in overrides:
         _apply(values, override)
+    _give_texts_back(values, model, overrides)
     return _check(values, model, str(path), overridable=True)
 
 
@@ -138,6 +139,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = text
     # A sentence with a colon, as "Photos of other things:", would be a mapping; one that is meant has braces.
     inner[last] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+
+
+def _give_texts_back(values: dict[str, Any], model: type[BaseModel], overrides: Sequence[str]) -> None:
+    """What YAML takes for a number, a date or a truth value is the text again where `model` wants one."""
+    given = {tuple(name.split(".")): text for name, _, text in (override.partition("=") for override in overrides)}
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        for problem in error.errors():
+            keys = _Place.of(model, problem["loc"]).keys
+            scalar = not isinstance(problem["input"], dict | list | None)
+            if problem["type"] == "string_type" and scalar and keys in given:
+                inner = values
+                for key in keys[:-1]:
+                    inner = inner[key]
+                inner[keys[-1]] = given[keys]
 
 
 def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from kka_ray.config import RunConfig, config_hash, dump, load, merge, parse
+from kka_ray.config.models import FolderData
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.config.sweep import SweepConfig
 from kka_ray.errors import ConfigError
@@ -146,6 +147,19 @@ def test_a_sentence_is_a_text_whatever_yaml_makes_of_it(tmp_path: Path, text: st
     assert config.render.mask is not None
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(tmp_path / "run.yaml", RunConfig, ["render.mask={min_area: 0.1"])
+
+
+@pytest.mark.parametrize("text", ["7", "007", "2026-03-01", "no", "1e3"])
+def test_a_text_is_one_though_yaml_has_another_word_for_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {kind: folder}\n")
+    given = [f"name={text}", f"data.path={text}", f"data.description={text}", "seed=7"]
+    config = load(tmp_path / "run.yaml", RunConfig, given)
+    assert (config.name, config.seed) == (text, 7)
+    assert isinstance(config.data, FolderData)
+    assert config.data.path == config.data.description == text
+    for value in ("[a]", "{a: b}", ""):
+        with pytest.raises(ConfigError, match="name: Input should be a valid string"):
+            load(tmp_path / "run.yaml", RunConfig, [*given, f"name={value}"])
 
 
 def test_extends_merges_key_by_key_and_refuses_circles(tmp_path: Path) -> None:
