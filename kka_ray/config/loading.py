@@ -14,9 +14,20 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
+from kka_ray.config.strict import NAME, TEXT
 from kka_ray.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_WORDS = {
+    "name": "must begin with a letter or digit and hold only A-Z, a-z, 0-9, '.', '_' and '-': it names a folder",
+    "tuple_type": "must be a list, as in [a, b]",
+    "list_type": "must be a list, as in [a, b]",
+    "dict_type": "must be a mapping, as in {key: value}",
+    "model_type": "must be a mapping, as in {key: value}",
+    "model_attributes_type": "must be a mapping, as in {key: value}",
+}
+"""What is said of YAML where pydantic speaks of Python's types and of patterns."""
 
 
 def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
@@ -173,7 +184,11 @@ def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:
     if kind == "union_tag_invalid":
         tag = error["ctx"]["tag"]
         return f"{where}.kind: there is no {tag!r}{_instead(tag, place.choices)}"
-    said = error["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == TEXT:
+        return f"{where}: must say something ({place.description})"
+    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME:
+        kind = "name"
+    said = _WORDS.get(kind) or error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | None) else ""
     return f"{where}: {said}{shown}" if where else said

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kka_ray.config.samplers import ApiSampler, Sampler, TransformersSampler, VllmSampler
-from kka_ray.config.strict import Strict
+from kka_ray.config.strict import NAME, TEXT, Strict
 
 SEEDS = 4_000_000
 """How many seeds a run may have: a round's, a thousand times as large, still fits 32 bits."""
@@ -79,7 +79,7 @@ class FolderData(Strict):
 
     kind: Literal["folder"]
     path: str = Field(description="folder of normal images, directly or under train/good")
-    description: str = Field(description="what the normal images show, in a few words: 'a steel screw'")
+    description: str = Field(pattern=TEXT, description="what the normal images show, in a few words: 'a steel screw'")
     captions: str | None = Field(None, description="CSV with the columns file and caption; else sidecar .txt files")
     group: str | None = Field(
         None,
@@ -723,7 +723,7 @@ class StoreConfig(Strict):
 class RunConfig(Strict):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    name: str = Field(pattern=NAME, description="names the run's folder")
     seed: int = Field(0, ge=0, lt=SEEDS, description="of everything that is drawn at random")
     data: Data
     backbone: BackboneConfig = BackboneConfig()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kka_ray.config.models import ClusterConfig, Data, Strict, TrackingConfig
+from kka_ray.config.strict import NAME
 
 
 class FlowersSource(Strict):
@@ -97,7 +98,7 @@ class DistilConfig(Strict):
 class RendererConfig(Strict):
     """A training of the built-in text-to-image network."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     output: str = Field("renderers", description="folder of the trainings; this one's is OUTPUT/NAME")
     data: str = Field(".", description="folder in which the sources' paths begin")
     sources: tuple[Source, ...] = Field(min_length=1)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, field_vali
 
 from kka_ray.config.loading import config_hash, load, merge, parse, read
 from kka_ray.config.models import IGNORE_ANOMALIES, RunConfig, Strict
+from kka_ray.config.strict import NAME
 from kka_ray.errors import ConfigError
 
 _FIXED = {
@@ -95,7 +96,7 @@ Parameter = Annotated[
 class SweepConfig(Strict):
     """A sweep over run configurations."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the sweep's folder")
+    name: str = Field(pattern=NAME, description="names the sweep's folder")
     run: str | dict[str, JsonValue] = Field(
         description="a run configuration: a file relative to this one, or its values, which may begin with `extends:`"
     )

@@ -94,6 +94,18 @@ def test_a_kind_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
             {"cluster": {"samplers": {"runtime_env": {"env_vars": {"A": 3}}}}},
             "cluster.samplers.runtime_env.env_vars.A: Input should be a valid string (got 3)",
         ),
+        ({"detect": {"controls": "noise"}}, "detect.controls: must be a list, as in [a, b] (got 'noise')"),
+        ({"loop": 3}, "loop: must be a mapping, as in {key: value} (got 3)"),
+        ({"detect": {"detectors": ["knn"]}}, "detect.detectors.0: must be a mapping, as in {key: value} (got 'knn')"),
+        (
+            {"name": "größe 1"},
+            "name: must begin with a letter or digit and hold only A-Z, a-z, 0-9, '.', '_' and '-': it names a folder "
+            "(got 'größe 1')",
+        ),
+        (
+            {"data": {"kind": "folder", "path": "x", "description": " "}},
+            "data.description: must say something (what the normal images show, in a few words: 'a steel screw')",
+        ),
         (
             {"describe": {"sampler": {"kind": "vllm", "gpu_memory": 2}}},
             "describe.sampler.gpu_memory: Input should be less than or equal to 1 (got 2)",
