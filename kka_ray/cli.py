@@ -151,6 +151,8 @@ def report(folder: RunFolder) -> None:
     from kka_ray.report import write_report
 
     with opened(folder) as place:
+        if not (place.here / "config.yaml").is_file():
+            raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
         written = write_report(place.here)
         place.keep(only=(written.name,))  # a run may be writing the others anew
     console.print(f"report: {below(folder, written.name)}", highlight=False, markup=False, soft_wrap=True)

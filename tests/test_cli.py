@@ -41,9 +41,10 @@ def test_doctor_takes_overrides_as_other_verbs_do(monkeypatch: pytest.MonkeyPatc
         assert said in str(error)
 
 
-def test_resume_wants_the_folder_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["resume", "report"])
+def test_resume_and_report_want_the_folder_of_a_run(tmp_path: Path, verb: str) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        error = CliRunner().invoke(cli.app, ["resume", str(folder)]).exception
+        error = CliRunner().invoke(cli.app, [verb, str(folder)]).exception
         assert isinstance(error, ConfigError)
         assert "name a run's folder, as in runs/demo" in str(error)
 
