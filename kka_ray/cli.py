@@ -304,7 +304,7 @@ def _say(text: str) -> None:
 
 @renderer_app.command("train")
 def train_renderer(config: ConfigFile, override: Override = None) -> None:
-    """Trains the built-in text-to-image network from scratch. The same command goes on after an interruption."""
+    """Trains a small text-to-image model on captioned images. The same command goes on after an interruption."""
     from kka_ray.cluster.renderer import train_renderer as launch
     from kka_ray.config.renderer import RendererConfig
 
