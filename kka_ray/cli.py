@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kka_ray import __version__
 from kka_ray.config import RunConfig, dump, load
 from kka_ray.config.models import Engine
 from kka_ray.errors import ConfigError, KkaError
@@ -38,6 +39,20 @@ RunFolder = Annotated[str, typer.Argument(help="the run's folder, as runs/demo; 
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/")]
 EngineOption = Annotated[Engine, typer.Option(help="what runs the backbone: torch, or ONNX Runtime on the CPU")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's and the workers' own logs")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"kka_ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kka_ray import cli, doctor
+from kka_ray import __version__, cli, doctor
 from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
 from kka_ray.errors import ConfigError, ResourceError
@@ -39,6 +39,11 @@ def test_doctor_takes_overrides_as_other_verbs_do(monkeypatch: pytest.MonkeyPatc
         error = CliRunner().invoke(cli.app, arguments).exception
         assert isinstance(error, ConfigError)
         assert said in str(error)
+
+
+def test_the_version_is_printed() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"kka_ray {__version__}\n")
 
 
 @pytest.mark.parametrize("verb", ["resume", "report"])
