@@ -17,7 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kka_ray import assets
 from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
@@ -66,7 +66,7 @@ def examine(config: RunConfig | None) -> list[Finding]:
 def show(findings: list[Finding], console: Console) -> None:
     """A table of the findings, then the commands that mend what is wrong."""
     colours = {"ok": "green", "info": "cyan", "missing": "red", "wrong": "red"}
-    table = Table("what", "state", "detail")
+    table = Table("what", "state", Column("detail", overflow="fold"))  # of a long path the end matters most
     for finding in findings:
         table.add_row(finding.name, f"[{colours[finding.state]}]{finding.state}[/]", finding.detail.replace("[", "\\["))
     console.print(table)

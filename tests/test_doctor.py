@@ -213,3 +213,11 @@ def test_a_home_folder_is_found_as_a_run_finds_it(monkeypatch, tmp_path):
     found = _by_name(examine(config))
     assert found["data.path"].state == found["backbone.model"].state == "ok"
     assert "detect.outside" not in found
+
+
+def test_long_paths_are_shown_whole():
+    path = "/home/somebody/pictures/of/screws/from/the/second/line/in/the/north/hall"
+    console = Console(width=80, record=True, file=io.StringIO())
+    show([Finding("data.path", "ok", path)], console)
+    cells = [line.split("│")[-2].strip() for line in console.export_text().splitlines() if line.startswith("│")]
+    assert "".join(cells) == path
