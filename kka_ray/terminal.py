@@ -88,7 +88,7 @@ def show_plan(
     for phase in plan.phases:
         table = Table(title=f"{phase.name}: {phase.cpus:g} CPU and {phase.gpus:g} GPU at once", title_justify="left")
         for name in ("processes", "each", "engine", "weights each", "nodes"):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")  # a model's name is long, and its end tells it from others
         for share in phase.shares:
             threads = f"{share.threads} thread{'s' if share.threads > 1 else ''}"
             each = ", ".join([f"{share.cpus:g} CPU", *([f"{share.gpus:g} GPU"] if share.gpus else []), threads])

@@ -12,10 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kka_ray import __version__, cli, doctor
+from kka_ray.cluster.estimate import Estimate
+from kka_ray.cluster.plan import make_plan
 from kka_ray.config import dump
 from kka_ray.config.models import RunConfig
 from kka_ray.errors import ConfigError, ResourceError
-from kka_ray.terminal import Reporter
+from kka_ray.terminal import Reporter, show_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,6 +115,17 @@ def test_a_sweep_s_dry_run_prints_what_any_trial_asks_for() -> None:
     assert done.output.count("# resource plan") == 1
     assert "1 x" in done.output
     assert "4 x" in done.output
+
+
+def test_a_plan_shows_the_names_of_models_whole() -> None:
+    plan = make_plan(RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}}))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    places = {(phase.name, share.name): {"127.0.0.1": 1} for phase in plan.phases for share in phase.shares}
+    times = [Estimate("describe", "1 line", 1.0), Estimate("render", "1 image", 1.0)]
+    show_plan(plan, places, times, turns=False, console=console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "it fits" in text
 
 
 def test_warnings_are_printed_as_they_are() -> None:
