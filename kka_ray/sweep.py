@@ -28,6 +28,7 @@ from rich.table import Table
 
 from kka_ray import places, tracking
 from kka_ray.cluster import leases
+from kka_ray.cluster.placement import bundles
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
@@ -413,13 +414,7 @@ class _Notes(tune.Callback):
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:
-    bundles: list[dict[str, float]] = [{"CPU": TRIAL_CPUS}]
-    for pool in (config.cluster.samplers, config.cluster.renderers):
-        share = {"CPU": pool.cpus, "GPU": pool.gpus}
-        bundle = {name: amount for name, amount in share.items() if amount}
-        if bundle:
-            bundles += [bundle] * pool.workers
-    return tune.PlacementGroupFactory(bundles)
+    return tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}, *(taken for _, taken in bundles(config.cluster))])
 
 
 def _reason(error: Exception | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import NotFreeError
@@ -30,6 +31,38 @@ def ask(name: str, pool: PoolConfig, workers: int) -> Any:
         return None
     bundle = {"CPU": pool.cpus, "GPU": pool.gpus} if pool.cpus else {"GPU": pool.gpus}
     return placement_group([bundle] * workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
+
+
+def bundles(cluster: ClusterConfig) -> list[tuple[str, dict[str, float]]]:
+    """(pool, what it takes) of each worker for which a trial's placement group has a bundle, behind the trial's own; of
+    workers that take nothing there is none."""
+    found = []
+    for name, pool in (("samplers", cluster.samplers), ("renderers", cluster.renderers)):
+        taken = {kind: amount for kind, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)) if amount}
+        found += [(name, taken)] * pool.workers if taken else []
+    return found
+
+
+def seats(name: str, workers: int, group: Any, cluster: ClusterConfig) -> list[Any]:
+    """Where each worker of a pool starts, as Ray's scheduling strategies: in the group that was reserved for it, within
+    a trial each in its own bundle of the trial's group, else (None) wherever there is room.
+
+    Of a group whose bundle is left open Ray takes the resources of any of its bundles on a node. So a small worker
+    might start on the node that was reserved for a large one of the other pool, which then would never find room.
+    """
+    if group is not None:
+        return [PlacementGroupSchedulingStrategy(group)] * workers
+    trial, all_ = get_current_placement_group(), bundles(cluster)
+    own = [number for number, (pool, _) in enumerate(all_, start=1) if pool == name]
+    if trial is None or len(own) != workers or trial.bundle_count != len(all_) + 1:
+        return [None] * workers
+    return [PlacementGroupSchedulingStrategy(trial, number) for number in own]
+
+
+def may_grow() -> bool:
+    """Whether a pool may have more workers than its least number: a trial has places for those alone, and one more
+    would wait for the place of a worker that is being replaced, of either pool."""
+    return get_current_placement_group() is None
 
 
 def not_free(name: str, workers: int, cpus: float, gpus: float, cluster: ClusterConfig) -> NotFreeError:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from kka_ray.cluster.placement import ask, release, reserve
+from kka_ray.cluster.placement import ask, may_grow, release, reserve, seats
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
 
@@ -82,6 +82,8 @@ class _Worker:
     """Why we ended it."""
     failures: list[str] = field(default_factory=list)
     """Reasons of its failures since it was started or last did what it was given."""
+    seat: Any = None
+    """Where it was started, as Ray's scheduling strategy; one that replaces it is started there as well."""
     group: Any = None
     """The placement group of one that is beyond the pool's least number; it ends with the worker."""
 
@@ -92,7 +94,7 @@ class Pool:
 
     Args:
         name: what the pool does, for messages.
-        make_actor: starts an actor, in the placement group it is given if any.
+        make_actor: starts an actor where the scheduling strategy that it is given says; None leaves that to Ray.
         size: number of workers and what each takes. While more chunks wait than the workers can take in two turns there
             are up to `max_workers` of them, if they find places; those beyond `workers` end when nothing is left to do.
         config: limits.
@@ -120,7 +122,8 @@ class Pool:
         if not self._workers:
             self._idle_since = time.monotonic()
             self._group = reserve(self.name, self.size, self.config)
-            self._workers = [self._start_worker() for _ in range(self.size.workers)]
+            places = seats(self.name, self.size.workers, self._group, self.config)
+            self._workers = [self._start_worker(seat) for seat in places]
 
     def submit(self, number: int, task: Task) -> None:
         """Queues a chunk."""
@@ -186,10 +189,10 @@ class Pool:
 
     # --- workers ---
 
-    def _start_worker(self, group: Any = None) -> _Worker:
-        """A worker in the pool's places, or in a group of its own."""
-        actor = self.make_actor(self._group if group is None else group)
-        worker = _Worker(actor, actor.load.remote(), time.monotonic(), group=group)
+    def _start_worker(self, seat: Any, group: Any = None) -> _Worker:
+        """A worker in one of the pool's places, or in a group of its own."""
+        actor = self.make_actor(seat)
+        worker = _Worker(actor, actor.load.remote(), time.monotonic(), seat=seat, group=group)
         self._owner[worker.loading] = worker
         return worker
 
@@ -285,7 +288,7 @@ class Pool:
         for reference in (worker.loading, *(item.reference for item in worker.items)):
             self._owner.pop(reference, None)
         self._waiting.extendleft(reversed(worker.items))
-        self._workers[self._workers.index(worker)] = self._start_worker(worker.group)
+        self._workers[self._workers.index(worker)] = self._start_worker(worker.seat, worker.group)
 
     def _end_hung(self) -> None:
         """Kills workers that take too long over a chunk; what becomes of it is seen when their death is."""
@@ -329,8 +332,10 @@ class Pool:
                 self._end(worker)
             del self._workers[least:]
         elif len(self._workers) < most and len(self._waiting) > len(self._workers) * self.config.in_flight:
-            if all(worker.loading is None for worker in self._workers):
-                self._workers.append(self._start_worker(ask(self.name, self.size, 1)))
+            if all(worker.loading is None for worker in self._workers) and may_grow():
+                group = ask(self.name, self.size, 1)
+                [seat] = seats(self.name, 1, group, self.config)
+                self._workers.append(self._start_worker(seat, group))
 
     # --- what fails ---
 

@@ -71,17 +71,17 @@ class Pools:
         """Whether they have one place for both, and take turns."""
         self.samplers = Pool(
             "samplers",
-            lambda group: start(SamplerWorker, cluster.samplers, cluster.device, group, store, config.describe),
+            lambda seat: start(SamplerWorker, cluster.samplers, cluster.device, seat, store, config.describe),
             cluster.samplers,
             cluster,
         )
         self.renderers = Pool(
             "renderers",
-            lambda group: start(
+            lambda seat: start(
                 RenderWorker,
                 cluster.renderers,
                 cluster.device,
-                group,
+                seat,
                 store,
                 config.render,
                 config.backbone,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Task
@@ -244,8 +243,8 @@ def _adapter_folder(store: Store, key: str | None) -> Path | None:
     return None if key is None else store.reported("dpo", key).local / "adapter"
 
 
-def start(cls: type, pool: PoolConfig, device: str, group: Any, *arguments: Any) -> Any:
-    """An actor of `cls` with a pool's resources, in a placement group if there is one.
+def start(cls: type, pool: PoolConfig, device: str, seat: Any, *arguments: Any) -> Any:
+    """An actor of `cls` with a pool's resources, where Ray's scheduling strategy `seat` says if there is one.
 
     Who dies is replaced by the pool, not by Ray.
     """
@@ -253,8 +252,8 @@ def start(cls: type, pool: PoolConfig, device: str, group: Any, *arguments: Any)
     environment = runtime_env(pool.runtime_env)
     if environment:
         options["runtime_env"] = environment
-    if group is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
+    if seat is not None:
+        options["scheduling_strategy"] = seat
     return ray.remote(**options)(cls).remote(*arguments, pool.threads, device_of(pool, device))
 
 

@@ -67,10 +67,17 @@ class FakeWorker:
             time.sleep(3600)
 
 
+class Placed(FakeWorker):
+    """One that is started as the pools' own workers are, with threads and a device."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        super().__init__()
+
+
 def pool(folder: Any = "", start: str = "ok", workers: int = 1, most: int | None = None, **limits: Any) -> Pool:
     actor = ray.remote(num_cpus=0.1)(FakeWorker)
     size = PoolConfig(workers=workers, max_workers=most)
-    return Pool("fakes", lambda group: actor.remote(str(folder), start), size, ClusterConfig(**limits))
+    return Pool("fakes", lambda seat: actor.remote(str(folder), start), size, ClusterConfig(**limits))
 
 
 def rows(*kinds: str) -> Task:

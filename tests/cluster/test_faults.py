@@ -53,7 +53,7 @@ def test_a_prompt_that_an_api_refuses_is_a_failed_row(tmp_path: Path) -> None:
         sampler = ApiSampler(kind="api", base_url=service.url, model="m", requests_per_minute=1e6)
         arguments = (store.uri, DescribeConfig(sampler=sampler))
         size = PoolConfig(cpus=0.1)
-        pool = Pool("api", lambda group: start(SamplerWorker, size, "cpu", group, *arguments), size, ClusterConfig())
+        pool = Pool("api", lambda seat: start(SamplerWorker, size, "cpu", seat, *arguments), size, ClusterConfig())
         pool.submit(0, task)
         try:
             ((_, _, key),) = drain([pool], poll=0.1)

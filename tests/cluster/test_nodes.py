@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kka_ray.cluster.placement import bundles
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.cluster.session import nodes, session
+from kka_ray.cluster.workers import start
 from kka_ray.config.models import ClusterConfig, FlowersData, PoolConfig, RunConfig
 from kka_ray.errors import ResourceError, StageError
 from tests.cluster import fakes
@@ -24,16 +29,35 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
+@ray.remote
+def trial(config: ClusterConfig) -> list[str]:
+    """What the pools of a trial do that has its placement group; the pool of small workers starts first."""
+
+    def made(name: str, size: PoolConfig) -> Pool:
+        return Pool(name, lambda seat: start(fakes.Placed, size, "cpu", seat), size, config)
+
+    done = []
+    pools = [made("renderers", config.renderers), made("samplers", config.samplers)]
+    try:
+        for pool in pools:
+            for i in range(12):
+                pool.submit(i, fakes.rows("slow"))
+        for pool, _, _ in drain(pools):
+            done.append(f"{len(pool._workers)} {pool.name}")
+    finally:
+        for pool in pools:
+            pool.stop()
+    return done
+
+
 def gpu_pool(workers: int, gpus: float = 1, most: int | None = None, **limits: object) -> Pool:
     size = PoolConfig(workers=workers, max_workers=most, gpus=gpus, cpus=0)
     actor = ray.remote(num_cpus=0, num_gpus=gpus)(fakes.FakeWorker)
 
-    def start(group: object) -> object:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    def begin(seat: object) -> object:
+        return actor.options(scheduling_strategy=seat).remote()
 
-        return actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote()
-
-    return Pool("fakes", start, size, ClusterConfig(**limits))  # type: ignore[arg-type]
+    return Pool("fakes", begin, size, ClusterConfig(**limits))  # type: ignore[arg-type]
 
 
 def test_a_finished_and_a_failed_pool_leave_nothing(cluster: Cluster) -> None:
@@ -78,6 +102,21 @@ def test_a_growing_pool_that_is_stopped_leaves_nothing(cluster: Cluster) -> None
         if len(pool._workers) == 5:  # the fifth has no place
             break
     pool.stop()
+    assert_nothing_is_left()
+
+
+def test_the_workers_of_a_trial_start_in_the_bundles_that_are_theirs(cluster: Cluster) -> None:
+    """Two GPUs are on one node, one is on the other: a small worker is not to take the place of the large one."""
+    large, small = PoolConfig(gpus=2, cpus=0), PoolConfig(gpus=1, cpus=0, max_workers=2)
+    config = ClusterConfig(samplers=large, renderers=small, start_timeout=10)
+    group = placement_group([{"CPU": 0.25}, *(taken for _, taken in bundles(config))])
+    assert group.wait(30)
+    seat = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    try:
+        done = ray.get(trial.options(num_cpus=0.25, scheduling_strategy=seat).remote(config))
+    finally:
+        remove_placement_group(group)
+    assert Counter(done) == {"1 samplers": 12, "1 renderers": 12}, "a trial has no place for more workers"
     assert_nothing_is_left()
 
 
