@@ -92,10 +92,13 @@ class Pools:
         )
 
     def open(self) -> None:
-        """Starts the actors of both, where both have a place."""
+        """Starts the actors of both, where both have a place: the larger first, as the plan has it.
+
+        Ray puts a small worker where most is left: on the only node that has room for a large one, if there is one.
+        """
         if not self.turns:
-            self.renderers.open()
-            self.samplers.open()
+            for pool in sorted((self.renderers, self.samplers), key=lambda p: (p.size.gpus, p.size.cpus), reverse=True):
+                pool.open()
 
     def close(self) -> None:
         """Ends the actors of both pools, of the second even if the first cannot be ended."""
@@ -122,7 +125,7 @@ class Streamer:
         self.sampler_identity = model_identity(config.describe.sampler)
         self._sampler_versions = versions.computing() | sampler_libraries(config)
         self.renderer_identity = assets.resolve(config.render.pipeline).identity
-        self._samplers, self._renderers, self._turns = pools.samplers, pools.renderers, pools.turns
+        self._pools, self._samplers, self._renderers, self._turns = pools, pools.samplers, pools.renderers, pools.turns
         self._later: list[tuple[int, RenderTask]] = []
         """Chunks for the renderers, while it is the samplers' turn."""
         self._unread: dict[int, dict[str, Any]] = {}
@@ -167,6 +170,7 @@ class Streamer:
 
     def submit_normals(self) -> None:
         """Hands captions of training normals to the renderers; `run` collects them with its round's images."""
+        self._pools.open()  # else the renderers would start first, whichever are larger
         train, config = self.prepared.normals.train, self.config
         order = np.random.default_rng(config.seed).permutation(len(train))
         rows = [(f"n{k:04d}", train.captions[i], "") for k, i in enumerate(order[: config.render.normals])]

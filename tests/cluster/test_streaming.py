@@ -44,6 +44,27 @@ def test_every_pool_is_stopped_even_if_another_cannot_be() -> None:
     assert [pool.stopped for pool in pools] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("samplers", "renderers", "first"),
+    [
+        ({"gpus": 2}, {"gpus": 1}, "samplers"),
+        ({"gpus": 1, "cpus": 4}, {"gpus": 1}, "samplers"),
+        ({"cpus": 4}, {"gpus": 0.5}, "renderers"),
+        ({}, {}, "renderers"),
+    ],
+)
+def test_the_pool_with_the_larger_workers_gets_its_places_first(
+    samplers: dict[str, float], renderers: dict[str, float], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renderer of one GPU would start on the node with two, and a sampler of two would have none."""
+    values = {"name": "x", "data": {"kind": "flowers"}, "cluster": {"samplers": samplers, "renderers": renderers}}
+    opened: list[str] = []
+    monkeypatch.setattr(streaming.Pool, "open", lambda pool: opened.append(pool.name))
+    Pools(RunConfig.model_validate(values), "store").open()
+    assert sorted(opened) == ["renderers", "samplers"]
+    assert opened[0] == first
+
+
 def test_an_engine_that_ray_installs_for_the_samplers_need_not_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise samplers.PackageNotFoundError(name)
@@ -220,6 +241,7 @@ def streamer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Streamer:
     played = _Played(streamer.store)
     monkeypatch.setattr(streaming, "drain", played.drain)
     streamer._samplers, streamer._renderers, streamer._turns = played.samplers, played.renderers, False  # type: ignore[assignment]
+    streamer._pools = SimpleNamespace(open=lambda: None)  # type: ignore[assignment]
     streamer._later, streamer._early, streamer._unread, streamer.normals = [], [], {}, streaming.Drawn()
     streamer.guard = _Guard()  # type: ignore[assignment]
     streamer.sampler_identity, streamer.renderer_identity, streamer._sampler_versions = "s", "r", {}
@@ -268,6 +290,17 @@ def test_every_chunk_and_every_image_draws_random_numbers_of_its_own(streamer: S
         assert len(seeds) == len(set(seeds)) > 5
     assert all(0 <= seed < 2**31 for seed in images)
     assert image_seed(0, "r0-p000-s000") != image_seed(1, "r0-p000-s000"), "another run draws other images"
+
+
+def test_both_pools_are_opened_before_either_is_given_anything(
+    streamer: Streamer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop whose pools were not opened before, as a trial's, begins with the renderers."""
+    done: list[str] = []
+    monkeypatch.setattr(streamer._pools, "open", lambda: done.append("open"))
+    monkeypatch.setattr(streamer, "_draw", lambda number, task: done.append("draw"))
+    streamer.submit_normals()
+    assert done == ["open", "draw", "draw"]
 
 
 def test_the_normal_captions_that_are_drawn_are_a_random_part_of_them(streamer: Streamer) -> None:
