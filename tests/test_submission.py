@@ -292,7 +292,18 @@ def test_the_environment_has_what_was_named_and_never_a_token(repository: Path) 
     assert TOKEN not in json.dumps(made)
 
 
-@pytest.mark.parametrize("pair", ["RAY_AUTH_TOKEN=x", "AWS_SECRET_ACCESS_KEY=x", "MLFLOW_TRACKING_PASSWORD=x", "NAME"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "RAY_AUTH_TOKEN=x",
+        "AWS_SECRET_ACCESS_KEY=x",
+        "MLFLOW_TRACKING_PASSWORD=x",
+        "SAMPLER_KEY=x",  # as docs/howto.md calls it
+        "OPENAI_APIKEY=x",
+        "PGPASSWD=x",
+        "NAME",
+    ],
+)
 def test_secrets_and_half_variables_are_refused(repository: Path, pair: str) -> None:
     with pytest.raises(ConfigError, match=r"looks like a secret|NAME=VALUE"):
         runtime_env(Submission("run", Path("x"), (), repository, (pair,)), {}, token=True)
