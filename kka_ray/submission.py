@@ -62,6 +62,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _INTERRUPTED = 130
 _RECONNECTS = 5
 _POLL = 1.0
+_HELD = 20.0
+"""Seconds after which a connection counts as one that was there: proxies end those on which nothing is said for a
+minute, and a job that trains says nothing for longer."""
 
 
 @dataclass(frozen=True)
@@ -290,12 +293,13 @@ def _follow(client: Any, job: str, console: Console) -> Any:
     """
     log, failures = _Log(console), 0
     while True:
-        before = log.printed
+        before, begun = log.printed, time.monotonic()
         try:
             asyncio.run(_tail(client, job, log))
             details = client.get_job_info(job)
         except (OSError, RuntimeError, ClientError) as error:  # OSError: of requests, too
-            failures = 1 if log.printed > before else failures + 1
+            was_there = log.printed > before or time.monotonic() - begun > _HELD
+            failures = 1 if was_there else failures + 1
             if failures > _RECONNECTS:
                 raise ResourceError(
                     f"lost the connection to the job {job} {failures} times in a row: {error}"

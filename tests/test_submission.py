@@ -560,6 +560,23 @@ def test_lost_connections_count_only_in_a_row(send: Callable[[FakeClient], int],
     assert log in said(console)
 
 
+def test_connections_that_a_proxy_ends_for_their_silence_are_not_lost(
+    send: Callable[[FakeClient], int], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    class Quiet(FakeClient):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            nonlocal now
+            now += 60
+            async for text in super().tail_job_logs(job):
+                yield text
+
+    monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: now, sleep=lambda seconds: None))
+    assert send(Quiet("log\n", breaks=(0,) * 20)) == 0
+    assert "log\n" in said(console)
+
+
 def test_a_cluster_that_does_not_say_how_the_job_is_is_asked_again(
     send: Callable[[FakeClient], int], console: Console
 ) -> None:
