@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
@@ -67,7 +67,7 @@ def run(
     backend = None if gpus and computes_on(cluster) == "cuda" else "gloo"
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         for restarts in itertools.count():
-            trainer = TorchTrainer(
+            trainer = _Trainer(
                 function,
                 torch_config=TorchConfig(backend=backend),
                 train_loop_config={**arguments, "threads": cluster.train_threads},
@@ -88,12 +88,34 @@ def run(
             try:
                 trainer.fit()
                 return
+            except KeyboardInterrupt:
+                trainer.abort()
+                raise
             except (TrainingFailedError, RayActorError) as error:
                 if isinstance(_of_controller(error), WorkerGroupStartupTimeoutError):
                     raise not_free(f"the job {name}", workers, cluster.train_cpus, each, cluster) from error
                 if not _unattended(error) or restarts >= cluster.max_restarts:
                     raise _reason(name, error) from error
                 log.warning("the Ray Train job %s is started again: %s", name, str(error).splitlines()[0])
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's trainer, without its handling of Ctrl-C.
+
+    It would end this process with status 0, as if the job were done. After the job it would stay in place, where it
+    swallows Ctrl-C: the run that the job is part of could not be interrupted any more.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Ends the job's workers."""
+        if self._controller is not None:
+            with suppress(RayError):  # the controller ends itself by this call
+                ray.get(self._controller.abort.remote(), timeout=_CANCEL_SECONDS)
 
 
 class Ahead:

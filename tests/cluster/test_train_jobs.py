@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load
 
@@ -15,6 +20,7 @@ from kka_ray.errors import ResourceError
 from kka_ray.store import Store
 from tests.cluster import dpo_jobs
 from tests.integration.failing_jobs import mistake
+from tests.logical_cluster import wait_for
 from tests.preference.tiny import pairs, save_model
 
 
@@ -30,6 +36,31 @@ def test_a_job_that_gets_no_places_says_what_it_waited_for(monkeypatch: pytest.M
 def test_a_job_waits_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     assert [train._waits(ClusterConfig(start_timeout=seconds)) for seconds in (1, 60, 61, 1800)] == [1, 1, 2, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_can_be_interrupted_and_ctrl_c_works_after_a_job_as_before(tmp_path: Path) -> None:
+    """Ray Train's own handler would exit with status 0, and would swallow Ctrl-C once a job is done."""
+
+    def work(arguments: dict[str, Any]) -> None:
+        (arguments["folder"] / arguments["name"]).touch()
+        time.sleep(arguments["seconds"])
+
+    def interrupt() -> None:
+        while not (tmp_path / "second").exists():
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    arguments = {"folder": tmp_path, "name": "first", "seconds": 0}
+    train.run("x", work, arguments, 1, ClusterConfig())
+    assert signal.getsignal(signal.SIGINT) is handler
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train.run("x", work, arguments | {"name": "second", "seconds": 600}, 1, ClusterConfig())
+    assert signal.getsignal(signal.SIGINT) is handler
+    wait_for(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], lambda: "its worker goes on")
 
 
 def dpo_job(folder: Path, name: str, *, restarts: int = 0, mark: Path | None = None, **settings: Any) -> Any:
