@@ -124,6 +124,15 @@ class RendererConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _workers_have_whole_gpus(self) -> RendererConfig:
+        if 0 < self.cluster.train_gpus < 1 and self.workers > 1 and self.cluster.device == "auto":
+            raise ValueError(
+                f"{self.workers} workers of {self.cluster.train_gpus:g} GPU each may share a GPU, which NCCL refuses: "
+                "set cluster.train_gpus=1 or workers=1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_teacher_is_there(self) -> RendererConfig:
         if self.distil is not None and self.start is None:
             raise ValueError("distil needs a renderer to learn from: set start")

@@ -2,6 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from kka_ray.config.models import PoolConfig, PreferenceConfig
+from kka_ray.config.renderer import RendererConfig
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,14 @@ def test_a_pool_that_may_not_have_its_workers_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"max_workers \(1\) is less than workers \(2\)"):
         PoolConfig(workers=2, max_workers=1)
     assert PoolConfig(workers=2, max_workers=3, gpus=0.5).max_workers == 3
+
+
+def test_several_workers_of_a_renderers_training_do_not_share_a_gpu() -> None:
+    def config(gpus: float, workers: int, device: str = "auto") -> RendererConfig:
+        values = {"name": "x", "sources": [{"kind": "flowers"}], "training": {"steps": 1}, "workers": workers}
+        return RendererConfig.model_validate(values | {"cluster": {"train_gpus": gpus, "device": device}})
+
+    with pytest.raises(ValidationError, match=r"2 workers of 0\.5 GPU each may share a GPU, which NCCL refuses"):
+        config(0.5, 2)
+    for allowed in (config(0.5, 1), config(1, 2), config(0.5, 2, "cpu")):
+        assert allowed.workers
