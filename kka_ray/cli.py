@@ -184,18 +184,21 @@ def score(
     engine: EngineOption = "torch",
     max_pixels: Annotated[int, typer.Option(min=1, help="pixels of an image; larger ones are listed")] = 64_000_000,
 ) -> None:
-    """Scores images with a run's detector."""
+    """Scores images with a run's detector. Exits with 1 if none of them can be read."""
     from kka_ray.scoring import score_folder
 
     result = score_folder(
         images, model, output, heatmaps=heatmaps, console=console, engine=engine, max_pixels=max_pixels
     )
     console.print(
-        f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}",
+        f"{result.scored} scored, {result.anomalous} anomalous, {result.failed} unreadable: {output / 'scores.csv'}"
+        + (f"\nthe first that is unreadable: {result.error}" if result.failed else ""),
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+    if not result.scored:
+        raise typer.Exit(1)
 
 
 @app.command()

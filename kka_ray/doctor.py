@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kka_ray import assets
-from kka_ray.config.models import ApiSampler, FlowersData, RunConfig, StoreConfig
-from kka_ray.errors import StoreError
+from kka_ray.config.models import ApiSampler, FlowersData, FolderData, RunConfig, StoreConfig
+from kka_ray.errors import DataError, StoreError
 from kka_ray.files import absolute_path
 from kka_ray.memory import physical_memory, usable_memory
 
@@ -31,6 +31,7 @@ TEXT_MODEL = "builtin:minilm-l6-v2"
 _CACHE_BYTES = 1_500_000_000  # a wheel, unpacked, and its conversion
 _STORE_BYTES = 500_000_000
 _STORAGE = ("fsspec", "numpy", "pyarrow")
+_IMAGES = ("numpy", "PIL")
 _OPTIONAL = {"vllm": "describes with vLLM", "bitsandbytes": "trains on a 4-bit model"}
 
 State = Literal["ok", "info", "missing", "wrong"]
@@ -279,10 +280,28 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
         yield Finding("data", "ok", "flowers, drawn by kka_ray itself")
         return
     path = config.data.path
-    if Path(absolute_path(path)).is_dir():
-        yield Finding("data.path", "ok", path)
-    else:
+    if not Path(absolute_path(path)).is_dir():
         yield Finding("data.path", "missing", f"there is no folder {path}", "kka run CONFIG -o data.path=FOLDER")
+    elif isinstance(config.data, FolderData) and all(map(find_spec, _IMAGES)):
+        yield _images(config.data, config.seed)
+    else:
+        yield Finding("data.path", "ok", path)
+
+
+def _images(data: FolderData, seed: int) -> Finding:
+    """The folder with a user's images, as far as names tell."""
+    from kka_ray.data.folder import FolderModule
+    from kka_ray.data.splits import least_normals
+
+    data = data.model_copy(update={"path": absolute_path(data.path)})
+    try:
+        count = FolderModule(data, seed).look()
+    except DataError as error:
+        return Finding("data.path", "wrong", str(error), "see there")
+    least = least_normals(data.validation)
+    if count < least:
+        return Finding("data.path", "wrong", f"{count} normal images in {data.path}, needs {least}", "add some")
+    return Finding("data.path", "ok", f"{count} normal images in {data.path}")
 
 
 def _model_remedy(key: str, reference: str) -> str:

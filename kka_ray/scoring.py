@@ -42,11 +42,13 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """How many images were scored, how many of those are anomalous, and how many files could not be read."""
+    """How many images were scored, how many of those are anomalous, and how many files could not be read; of the first
+    of these the error."""
 
     scored: int
     anomalous: int
     failed: int
+    error: str
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,9 @@ def _score(
     if sheet:
         _contact_sheet(sheet).save(work / "contact_sheet.png")
     _write_csv(work / "scores.csv", [rows[name] for name, _ in files])
-    failed = sum(bool(row.error) for row in rows.values())
-    return ScoreResult(len(rows) - failed, sum(row.anomalous for row in rows.values()), failed)
+    errors = [rows[name].error for name, _ in files if rows[name].error]
+    anomalous = sum(row.anomalous for row in rows.values())
+    return ScoreResult(len(rows) - len(errors), anomalous, len(errors), errors[0] if errors else "")
 
 
 def _map_name(name: str) -> str:

@@ -36,6 +36,9 @@ from kka_ray.errors import ResourceError, StoreError
 from kka_ray.files import stays_inside
 
 _MARKER = "committed.json"
+_SEEN_WITHIN = 60.0
+"""Seconds that an output which another machine has committed may take to be seen: for so long a mounted file system may
+remember that it was not there when it was looked for last (NFS's `acdirmax`)."""
 
 
 def stage_key(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
@@ -209,13 +212,18 @@ class Store:
         return Output(self, stage, key, marker)
 
     def reported(self, stage: str, key: str) -> Output:
-        """An output that another process says it has committed. Raises StoreError if this one does not see it."""
-        found = self.find(stage, key)
-        if found is None:
-            raise StoreError(
-                f"{stage}/{key} was made by another process but is not in the store {self.uri} as it is seen from "
-                "here; name storage that all nodes share, as in -o store.uri=s3://BUCKET/kka or a mounted folder"
-            )
+        """An output that another process says it has committed; waits until this one sees it.
+
+        Raises StoreError if that takes more than a minute.
+        """
+        asked = time.monotonic()
+        while (found := self.find(stage, key)) is None:
+            if time.monotonic() - asked > _SEEN_WITHIN:
+                raise StoreError(
+                    f"{stage}/{key} was made by another process but is not in the store {self.uri} as it is seen from "
+                    "here; name storage that all nodes share, as in -o store.uri=s3://BUCKET/kka or a mounted folder"
+                )
+            time.sleep(1)
         return found
 
     def local_copy(self, output: Output) -> Path:

@@ -57,7 +57,7 @@ _WRITTEN = {
 }
 _SHARED = {"tracking.uri": f"{tracking.SQLITE}/shared/kka/mlflow.db"}
 _PASSED_ON = ("KKA_CACHE",)
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|(?:^|_)KEY$", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|(?:^|_)KEY$", re.IGNORECASE)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _INTERRUPTED = 130
 _RECONNECTS = 5

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,8 @@ def test_a_home_folder_is_found_as_a_run_finds_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("screws", "backbone", "others"):
         (tmp_path / name).mkdir()
+    for number in range(10):
+        (tmp_path / "screws" / f"{number}.png").touch()
     config = _config(
         data={"kind": "folder", "path": "~/screws", "description": "a screw"},
         backbone={"model": "~/backbone"},
@@ -213,6 +216,29 @@ def test_a_home_folder_is_found_as_a_run_finds_it(monkeypatch, tmp_path):
     found = _by_name(examine(config))
     assert found["data.path"].state == found["backbone.model"].state == "ok"
     assert "detect.outside" not in found
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "said"),
+    [
+        (0, {}, "holds no image"),
+        (9, {}, "9 normal images in .*, needs 10"),
+        (12, {"captions": "none.csv"}, r"none\.csv cannot be read"),
+        (12, {"captions": "some.csv"}, "no caption for 11 of the normal images"),
+        (12, {"group": "part(\\d)_"}, "is found in no name"),
+    ],
+)
+def test_images_that_a_run_could_not_use_are_named(tmp_path, count, settings, said):
+    (tmp_path / "some.csv").write_text("file,caption\n000.png,a screw\n")
+    for number in range(count):
+        (tmp_path / f"{number:03d}.png").touch()
+    data = {"kind": "folder", "path": str(tmp_path), "description": "a screw"}
+    found = _by_name(examine(_config(data=data | settings)))["data.path"]
+    assert found.state == "wrong"
+    assert re.search(said, found.detail)
+    assert found.remedy
+    if count == 12:
+        assert _by_name(examine(_config(data=data)))["data.path"].detail == f"12 normal images in {tmp_path}"
 
 
 def test_long_paths_are_shown_whole():

@@ -83,6 +83,7 @@ def test_every_image_is_a_row_and_corrupt_ones_say_why(images, run, tmp_path):
     assert "not an image" in failed["text.jpg"]
     assert all(rows[name]["score"] == rows[name]["verdict"] == "" for name in failed)
     assert (result.scored, result.failed) == (3, 3)
+    assert result.error == failed["cut.png"], "the first one's"
     assert result.anomalous == sum(row["verdict"] == "anomalous" for row in rows.values())
     assert rows["deep/er/noise.png"]["verdict"] == "anomalous"
 

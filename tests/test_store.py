@@ -4,6 +4,7 @@ import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -56,11 +57,28 @@ def test_a_file_whose_name_leads_out_of_the_output_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "outside").exists()
 
 
-def test_what_a_worker_reports_but_nobody_else_sees_is_explained(store: Store) -> None:
+def test_what_a_worker_reports_is_waited_for_and_explained_if_nobody_else_sees_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted file system may remember for a while that something was not there."""
     key = store.get_or_make("stage", 1, {}, lambda a: a.json([], "x")).key
+    read, clock = store.filesystem.cat_file, SimpleNamespace(now=0.0)
+
+    def stale(path: str) -> bytes:
+        if clock.now < 50:
+            raise FileNotFoundError(path)
+        return read(path)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr("kka_ray.store.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr(store.filesystem, "cat_file", stale)
     assert store.reported("stage", key).key == key
+    asked = clock.now
     with pytest.raises(StoreError, match="storage that all nodes share"):
         store.reported("stage", "another")
+    assert 60 < clock.now - asked < 70
 
 
 def test_every_input_changes_the_key() -> None:

@@ -286,8 +286,10 @@ def test_another_folder_than_the_repository_is_refused(tmp_path: Path) -> None:
 
 def test_the_environment_has_what_was_named_and_never_a_token(repository: Path) -> None:
     environ = {"KKA_CACHE": "/models", "RAY_AUTH_TOKEN": TOKEN, "HOME": "/root"}
-    made = runtime_env(Submission("run", Path("x"), (), repository, ("OMP_NUM_THREADS=2",)), environ, token=True)
-    assert made["env_vars"] == {"KKA_CACHE": "/models", "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "2"}
+    own = {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    pairs = tuple(f"{name}={value}" for name, value in own.items())
+    made = runtime_env(Submission("run", Path("x"), (), repository, pairs), environ, token=True)
+    assert made["env_vars"] == {"KKA_CACHE": "/models", "RAY_AUTH_MODE": "token"} | own
     assert made["working_dir"] == str(repository)
     assert TOKEN not in json.dumps(made)
 

@@ -38,6 +38,7 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     ConfigError with the file, the key and the nearest valid name.
     """
     values = read(Path(path))
+    _refuse_another_verbs(values, model, str(path))
     for override in overrides:
         _apply(values, override)
     _give_texts_back(values, model, overrides)
@@ -55,6 +56,8 @@ def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _seen:
         raise ConfigError(f"{path} extends itself, by way of {' -> '.join(p.name for p in _seen)}")
     values, base = _read_one(path)
+    if base is not None and not (path.parent / base).is_file():
+        raise ConfigError(f"{path} extends {base}, and there is no file {path.parent / base}")
     return values if base is None else merge(read(path.parent / base, (*_seen, path)), values)
 
 
@@ -128,6 +131,19 @@ def _check(values: Mapping[str, Any], model: type[Model], source: str, *, overri
     except ValidationError as error:
         lines = [_explain(e, model, overridable) for e in error.errors()]
         raise ConfigError(f"{source} is not a valid {model.__name__}:\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+
+def _refuse_another_verbs(values: Mapping[str, Any], model: type[BaseModel], source: str) -> None:
+    """Raises ConfigError if a file is written for another verb: each of its keys would be an error of its own."""
+    from kka_ray.config.models import RunConfig
+    from kka_ray.config.renderer import RendererConfig
+    from kka_ray.config.sweep import SweepConfig
+
+    if values.keys() <= model.model_fields.keys():
+        return
+    for verb, other in (("run", RunConfig), ("sweep", SweepConfig), ("renderer train", RendererConfig)):
+        if values.keys() <= other.model_fields.keys():
+            raise ConfigError(f"{source} is a configuration for `kka {verb}`")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

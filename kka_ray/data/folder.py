@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,29 +82,27 @@ class FolderModule(DataModule):
         do not fit the files."""
         return self._normals
 
+    def look(self) -> int:
+        """The number of files with normal images. Looks at names only.
+
+        Raises DataError as `normals` does for what these tell: no image, or captions or a group that do not fit.
+        """
+        files = self._normal_files()
+        if self.config.captions is not None:
+            self._captions(files, [GOOD] * len(files), required=True)
+        self._groups([self._name(file) for file in files])
+        return len(files)
+
     @cached_property
     def _normals(self) -> Normals:
-        folder = self._normal_folder()
-        files = image_files(folder, recursive=folder != self.root)
-        if not files:
-            below = folder == self.root and image_files(folder, recursive=True)
-            where = f" itself, only in sub-folders (as {below[0].relative_to(folder)})" if below else ""
-            raise DataError(
-                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}){where}; put the normal images into it, "
-                "into good/ or into train/good/" + (", which are read with their sub-folders" if below else "")
-            )
+        folder, files = self._normal_folder(), self._normal_files()
         loaded = self._load(files)
         self._note(loaded.skipped)
         self._refuse_if_none(loaded, folder)
         images = self._image_set(loaded, [GOOD] * len(loaded.files), captions_required=True)
-        if self.config.group is None:
+        groups = self._groups(images.ids)
+        if groups is None:
             return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
-        if not any(re.search(self.config.group, name) for name in images.ids):
-            raise DataError(
-                f"data.group: {self.config.group!r} is found in no name of a normal image, as in {images.ids[0]!r}; "
-                "correct it, or leave it out"
-            )
-        groups = [_group(name, self.config.group) for name in images.ids]
         count = max(1, round(self.config.validation * len(set(groups))))
         validating = draw_groups(groups, count, self.seed, "validation")
         return split_by_group(images, [g in validating for g in groups], str(folder), loaded.counts())
@@ -144,6 +143,31 @@ class FolderModule(DataModule):
 
     def _name(self, file: Path) -> str:
         return _text(file.relative_to(self.root).as_posix())
+
+    def _normal_files(self) -> list[Path]:
+        folder = self._normal_folder()
+        files = image_files(folder, recursive=folder != self.root)
+        if not files:
+            below = folder == self.root and image_files(folder, recursive=True)
+            where = f" itself, only in sub-folders (as {below[0].relative_to(folder)})" if below else ""
+            raise DataError(
+                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}){where}; put the normal images into it, "
+                "into good/ or into train/good/" + (", which are read with their sub-folders" if below else "")
+            )
+        return files
+
+    def _groups(self, names: Sequence[str]) -> list[str] | None:
+        """What each normal image shows; one whose name does not tell is by itself. None if no group is given."""
+        if self.config.group is None:
+            return None
+        matches = [re.search(self.config.group, name) for name in names]
+        told = [match and match[1] for match in matches]
+        if all(group is None for group in told):
+            raise DataError(
+                f"data.group: {self.config.group!r} is found in no name of a normal image, as in {names[0]!r}; "
+                "correct it, or leave it out"
+            )
+        return [f"/{name}" if group is None else group for name, group in zip(names, told, strict=True)]
 
     def _normal_folder(self) -> Path:
         for folder in (self.root / "train" / GOOD, self.root / GOOD):
@@ -242,8 +266,9 @@ class FolderModule(DataModule):
 
     def _captioned_file(self, name: str, where: str) -> Path:
         for folder in (self.root, self._normal_folder()):
-            if (folder / name).is_file():
-                return folder / name
+            with suppress(OSError):  # a name that is longer than any file's may be
+                if (folder / name).is_file():
+                    return folder / name
         raise DataError(f"{where}: there is no file {name} below {self.root}; correct the name or delete the line")
 
 
@@ -300,12 +325,6 @@ def read_image(file: Path, name: str, max_pixels: int) -> np.ndarray:
 def _text(name: str) -> str:
     """A file's name as text, which is all that records and captions hold: bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _group(name: str, pattern: str) -> str:
-    """What a file shows; one whose name does not match is by itself."""
-    found = re.search(pattern, name)
-    return f"{found[1]}" if found else f"/{name}"
 
 
 def _sidecar(image: Path) -> str:

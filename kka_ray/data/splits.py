@@ -53,10 +53,15 @@ def split_normals(
     counts = _add(dropped or {}, "duplicate", duplicates)
     wanted = _validation_size(len(distinct), validation)
     if len(distinct) - wanted < MIN_TRAIN:
-        enough = next(n for n in itertools.count(len(distinct) + 1) if n - _validation_size(n, validation) >= MIN_TRAIN)
+        enough = least_normals(validation)
         raise too_few(len(distinct), enough, _validation_size(enough, validation), source, counts)
     order = stream(seed, "validation").permutation(len(distinct))
     return Normals(distinct.take(np.sort(order[wanted:])), distinct.take(np.sort(order[:wanted])), counts)
+
+
+def least_normals(validation: float) -> int:
+    """How many distinct images `split_normals` needs."""
+    return next(n for n in itertools.count(MIN_TRAIN) if n - _validation_size(n, validation) >= MIN_TRAIN)
 
 
 def split_by_group(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kka_ray.config import RunConfig, config_hash, dump, load, merge, parse
 from kka_ray.config.models import FolderData
@@ -237,3 +237,20 @@ def test_a_file_extends_one_other(tmp_path: Path) -> None:
     file.write_text("extends: [a.yaml, b.yaml]\n")
     with pytest.raises(ConfigError, match="extends must name one file"):
         load(file, RunConfig)
+    file.write_text("extends: gone.yaml\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml extends gone\.yaml, and there is no file .*gone\.yaml"):
+        load(file, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "verb"),
+    [
+        ("tune_configs/smoke.yaml", RunConfig, "sweep"),
+        ("configs/demo.yaml", SweepConfig, "run"),
+        ("configs/demo.yaml", RendererConfig, "run"),
+        ("configs/renderer/flowers.yaml", RunConfig, "renderer train"),
+    ],
+)
+def test_a_configuration_for_another_verb_is_named(file: str, model: type[BaseModel], verb: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{file} is a configuration for `kka {verb}`$"):
+        load(ROOT / file, model)

@@ -242,6 +242,7 @@ def test_csv_with_names_from_either_folder(mvtec):
     [
         (["000.png,a"], "file,caption", r"no caption for 11 of the normal images, the first of them 001\.png"),
         (["000.png,a", "999.png,b"], "file,caption", r"line 3: there is no file 999\.png"),
+        (["000.png,a", f"{'9' * 300}.png,b"], "file,caption", r"line 3: there is no file 9+\.png"),
         (["000.png,a", "000.png,b"], "file,caption", r"line 3: 000\.png has a caption already"),
         (["000.png,"], "file,caption", "line 2: the file or its caption is empty"),
         (["000.png,a"], "name,text", "columns file and caption, separated by commas; it has 'name', 'text'"),
@@ -329,12 +330,18 @@ def test_names_that_are_no_utf_8_are_escaped(mvtec):
         part.identity()
 
 
-def test_a_group_that_no_name_holds_is_refused(tmp_path, write_images):
+@pytest.mark.parametrize("group", [r"part(\d)_", r"0(x)?\d"])
+def test_a_group_that_no_name_holds_is_refused(tmp_path, write_images, group):
     write_images(tmp_path, 12)
-    with pytest.raises(
-        DataError, match=r"data\.group: 'part\(.*is found in no name of a normal image, as in '000\.png'"
-    ):
-        open_data(config(tmp_path, group=r"part(\d)_"), 0).normals()
+    with pytest.raises(DataError, match=r"data\.group: .* is found in no name of a normal image, as in '000\.png'"):
+        open_data(config(tmp_path, group=group), 0).normals()
+
+
+def test_images_whose_names_match_without_a_group_are_by_themselves(tmp_path):
+    data = open_data(config(tmp_path, group=r"x(\d)?_"), 0)
+    assert data._groups(["x1_a.png", "x_a.png", "x1_b.png", "x_b.png", "y.png"]) == [
+        *("1", "/x_a.png", "1", "/x_b.png", "/y.png")
+    ]
 
 
 @pytest.mark.parametrize(("group", "said"), [("part(", "no regular expression"), ("part", "one pair of brackets")])
