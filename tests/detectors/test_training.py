@@ -123,7 +123,7 @@ def test_the_rate_falls_from_its_own_to_nothing_on_a_cosine():
             step()
 
     train("x", module, optimizer, 5, 4, epoch, [], ALONE)
-    moved = -np.diff([*places, float(module.weight)])
+    moved = -np.diff([*places, float(module.weight.detach())])
     np.testing.assert_allclose(moved, 0.25 * (1 + np.cos(np.pi * np.arange(20) / 20)), atol=1e-5)
 
 
