@@ -69,13 +69,20 @@ minute, and a job that trains says nothing for longer."""
 
 @dataclass(frozen=True)
 class Submission:
-    """What to submit: `run` or `sweep`, its configuration below `working_dir`, overrides, and NAME=VALUE variables."""
+    """What to submit: `run` or `sweep`, its configuration below `working_dir`, overrides, and NAME=VALUE variables.
+
+    Raises ConfigError for another verb.
+    """
 
     verb: str
     config: Path
     overrides: tuple[str, ...] = ()
     working_dir: Path = Path()
     env: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.verb not in VERBS:
+            raise ConfigError(f"cannot submit {self.verb!r}; it is one of {', '.join(VERBS)}")
 
 
 def submit_and_follow(
@@ -120,8 +127,6 @@ def entry(wanted: Submission, *, here: bool) -> str:
     `here`: the cluster is this machine alone, and relative folders are made absolute. Elsewhere they must be so
     already.
     """
-    if wanted.verb not in VERBS:
-        raise ConfigError(f"cannot submit {wanted.verb!r}; it is one of {', '.join(VERBS)}")
     folder = wanted.working_dir.resolve()
     if not (folder / "jobs" / "entry.py").is_file():
         raise ConfigError(f"{folder} has no jobs/entry.py; name the repository with --working-dir")

@@ -29,6 +29,8 @@ _TITLES = {
     "evaluate": "test images",
     "import": "pictures",
 }
+_NAME = 32
+"""Letters of a model's name that a terminal of 80 columns has room for."""
 
 
 class Reporter:
@@ -86,15 +88,19 @@ def show_plan(
     from kka_ray.cluster.estimate import total
 
     for phase in plan.phases:
-        table = Table(title=f"{phase.name}: {phase.cpus:g} CPU and {phase.gpus:g} GPU at once", title_justify="left")
+        title = f"{phase.name}: {phase.cpus:g} CPU and {phase.gpus:g} GPU at once"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        engines = [share.engine.replace(": ", ":\n", 1) for share in phase.shares]
+        longest = max(len(line) for engine in engines for line in engine.splitlines())
         for name in ("processes", "each", "engine", "weights each", "nodes"):
-            table.add_column(name, overflow="fold")  # a model's name is long, and its end tells it from others
-        for share in phase.shares:
+            # A model's name is long, and its end tells it from others: in narrow terminals the rest is folded first.
+            table.add_column(name, no_wrap=name == "engine" and longest <= _NAME, overflow="fold")
+        for share, engine in zip(phase.shares, engines, strict=True):
             threads = f"{share.threads} thread{'s' if share.threads > 1 else ''}"
-            each = ", ".join([f"{share.cpus:g} CPU", *([f"{share.gpus:g} GPU"] if share.gpus else []), threads])
+            each = ",\n".join([f"{share.cpus:g} CPU", *([f"{share.gpus:g} GPU"] if share.gpus else []), threads])
             weights = "not fetched yet" if share.weights is None else f"{share.weights / 1e9:.2f} GB"
-            where = ", ".join(f"{count} on {node}" for node, count in places[phase.name, share.name].items())
-            table.add_row(f"{share.processes} {share.name}", each, share.engine, weights, where)
+            where = ",\n".join(f"{count} on {node}" for node, count in places[phase.name, share.name].items())
+            table.add_row(f"{share.processes} {share.name}", each, engine, weights, where)
         console.print(table)
     for row in times:
         known = "nothing like it in the store yet" if row.seconds is None else f"about {_duration(row.seconds)}"

@@ -125,6 +125,8 @@ def test_a_plan_shows_the_names_of_models_whole() -> None:
     show_plan(plan, places, times, turns=False, console=console)
     text = console.export_text()
     assert "…" not in text
+    assert "builtin:smollm2-135m-instruct" in text
+    assert text.count("127.0.0.1") == sum(len(phase.shares) for phase in plan.phases)
     assert "it fits" in text
 
 
