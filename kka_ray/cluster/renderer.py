@@ -51,7 +51,7 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     """
     from kka_ray.render.training import CHECKPOINT, check_checkpoint
 
-    folder = (Path(config.output).expanduser() / config.name).resolve()
+    folder = _folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "checkpoint" / CHECKPOINT).is_file():
         # The images can only be compared by the workers, which have them; the folder's configuration is still the old.
@@ -89,7 +89,7 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
 
     from kka_ray.render.training import CHECKPOINT
 
-    folder = (Path(config.output).expanduser() / config.name).resolve()
+    folder = _folder(config)
     checkpoint = folder / "checkpoint" / CHECKPOINT
     if not checkpoint.is_file():
         raise ConfigError(f"{config.name} has no checkpoint in {checkpoint.parent}; train it first")
@@ -116,6 +116,11 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
     first, second = f"`kka renderer train {file}`", f"`kka renderer finish {file} --steps {steps}`"
     made_by = f"{first}, stopped after {reached} of them, and {second}"
     return train_renderer(branch, say, made_by)
+
+
+def _folder(config: RendererConfig) -> Path:
+    """Where a training keeps all that it writes."""
+    return (Path(config.output).expanduser() / config.name).resolve()
 
 
 def _share(source: Path, target: Path) -> None:

@@ -90,6 +90,7 @@ class SamplerWorker:
 
     def work(self, task: SampleTask | ScoreTask) -> str | tuple[list[list[float]], dict[str, int]]:
         """Makes a chunk, unless it is in the store."""
+        self.engine.take_usage()  # of what failed before: its answers are lost
         if isinstance(task, ScoreTask):
             return self._score(task)
         return self.store.get_or_make("sample", SAMPLE_VERSION, _inputs(task), lambda a: self._make(task, a)).key
@@ -133,7 +134,6 @@ class SamplerWorker:
     def _score(self, task: ScoreTask) -> tuple[list[list[float]], dict[str, int]]:
         """Natural-log probabilities of each row's tokens, none for the rows at fault; and what an API was asked."""
         self._use(task.adapter)
-        self.engine.take_usage()  # of what failed before: its answers are lost
         good = [row for row in task.rows if row[0] not in task.failed]
         values = self.engine.log_probs([row[1] for row in good], [row[2] for row in good]) if good else []
         of = dict(zip([row[0] for row in good], values, strict=True))
@@ -141,7 +141,6 @@ class SamplerWorker:
 
     def _make(self, task: SampleTask, attempt: Attempt) -> None:
         names = ("id", "prompt_id", "raw", "error")
-        self.engine.take_usage()  # of what failed before: its answers are lost
         attempt.table(pa.Table.from_pylist(self._sample(task), schema=pa.schema([(n, pa.string()) for n in names])))
         if usage := self.engine.take_usage():
             attempt.json(usage, "usage")

@@ -41,7 +41,8 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     _refuse_another_verbs(values, model, str(path))
     for override in overrides:
         _apply(values, override)
-    _give_texts_back(values, model, overrides)
+    if overrides:
+        _give_texts_back(values, model, overrides)
     return _check(values, model, str(path), overridable=True)
 
 

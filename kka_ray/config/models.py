@@ -706,6 +706,14 @@ class ClusterConfig(Strict):
     )
     max_failed_rows: int | None = Field(None, ge=0, description="the same as a number, where that is less")
 
+    def refuse_shared_gpus(self, workers: int, who: str, key: str) -> None:
+        """Raises ValueError if workers of a training, whose number is the setting `key`, might share a GPU."""
+        if 0 < self.train_gpus < 1 and workers > 1 and self.device == "auto":
+            raise ValueError(
+                f"{workers} {who} of {self.train_gpus:g} GPU each may share a GPU, which NCCL refuses: set "
+                f"cluster.train_gpus=1 or {key}=1"
+            )
+
 
 class TrackingConfig(Strict):
     """Where MLflow keeps the results."""
@@ -758,11 +766,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _training_has_whole_gpus(self) -> RunConfig:
-        if 0 < self.cluster.train_gpus < 1 and self.preference.workers > 1 and self.cluster.device == "auto":
-            raise ValueError(
-                f"{self.preference.workers} DPO workers of {self.cluster.train_gpus:g} GPU each may share a GPU, which "
-                "NCCL refuses: set cluster.train_gpus=1 or preference.workers=1"
-            )
+        self.cluster.refuse_shared_gpus(self.preference.workers, "DPO workers", "preference.workers")
         return self
 
     @model_validator(mode="after")

@@ -125,11 +125,7 @@ class RendererConfig(Strict):
 
     @model_validator(mode="after")
     def _workers_have_whole_gpus(self) -> RendererConfig:
-        if 0 < self.cluster.train_gpus < 1 and self.workers > 1 and self.cluster.device == "auto":
-            raise ValueError(
-                f"{self.workers} workers of {self.cluster.train_gpus:g} GPU each may share a GPU, which NCCL refuses: "
-                "set cluster.train_gpus=1 or workers=1"
-            )
+        self.cluster.refuse_shared_gpus(self.workers, "workers", "workers")
         return self
 
     @model_validator(mode="after")

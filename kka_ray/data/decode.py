@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +26,14 @@ _WHITE_IS_ZERO = 0
 
 class TooLargeError(DataError):
     """An image with more pixels than allowed. It was not decoded."""
+
+
+def content_of(file: Path) -> bytes:
+    """A file's bytes. Raises DataError if it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error}); give access to it or fetch it again") from error
 
 
 def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:

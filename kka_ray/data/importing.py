@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from kka_ray.data.decode import decode, encode_png
-from kka_ray.data.published import SETS, Entry, content_of
+from kka_ray.data.decode import content_of, decode, encode_png
+from kka_ray.data.published import SETS, Entry
 from kka_ray.data.target import new_folder
 from kka_ray.errors import ConfigError, DataError
 

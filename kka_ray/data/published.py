@@ -17,6 +17,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from kka_ray.data.cifar100 import SUPERCLASSES
+from kka_ray.data.decode import content_of
 from kka_ray.data.parquet import read_rows
 from kka_ray.errors import DataError
 
@@ -245,14 +246,6 @@ def _named(names: Sequence[str], label: Any, where: str) -> str:
     if not isinstance(label, int) or not 0 <= label < len(names):
         raise DataError(f"{where}: the label {label} is none of the set's {len(names)}; fetch the file again")
     return names[label]
-
-
-def content_of(file: Path) -> bytes:
-    """A file's bytes. Raises DataError if it cannot be read."""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error}); give access to it or fetch it again") from error
 
 
 def _matlab(folder: Path, name: str, key: str) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from kka_ray.data.decode import decode
+from kka_ray.data.decode import content_of, decode
 from kka_ray.data.folder import image_files
 from kka_ray.data.parquet import decode_rows, read_rows, shards
 from kka_ray.errors import DataError
@@ -34,11 +34,4 @@ def draw(path: str | Path, count: int, seed: int) -> list[np.ndarray]:
     if parquet:
         rows = read_rows(files, ["image", "source"], pc.field("source").isin(drawn))
         return list(decode_rows(rows, str(folder)))
-    return [decode(_content(folder / name), str(folder / name)) for name in drawn]
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error}); give access to it or leave it out") from error
+    return [decode(content_of(folder / name), str(folder / name)) for name in drawn]
