@@ -159,6 +159,11 @@ _FUNCTION_WORDS = frozenset(
     ]
 )
 _WORD = re.compile(r"[^\W\d_]+(?:'[a-z]+)?|\d+")
+_PART = re.compile(r"[\w'-]+|[^\w\s'-]+")
+"""A word with its hyphens, or punctuation."""
+_IN_F = re.compile(r"(?:.*(?:shel|lea|wol|hal|cal|loa|thie|sel|scar|hoo|shea|whar|dwar)|el)ves")
+_IN_FE = re.compile(r"(?:.*(?:kni|wi)|li)ves")
+"""Plurals of `shelf`, `penknife`, ...; most words in -ves, as `gloves` and `valves`, only add an s."""
 
 
 class Guard:
@@ -179,7 +184,7 @@ class Guard:
         names = {_singular(term.lower()) for term in normal_terms}
         self._term_vectors = encoder.embed(sorted(names))
         # Each word in the form that a subject's words have: "glasses case" is met as "glass case".
-        self._terms = names | {" ".join(map(_singular, name.split())) for name in names}
+        self._terms = names | {" ".join(map(_singular, _PART.findall(_bare(name)))) for name in names}
         self._vocabulary = {w for caption in normal_captions for w in content_words(caption)}
         self._texts: set[str] = set()
         self._vectors = np.zeros((0, self._term_vectors.shape[1]), np.float32)
@@ -259,14 +264,22 @@ def subject(text: str, terms: Collection[str] = ()) -> list[str]:
     """Words of the line's subject: its first noun phrase, in the singular, without 'a photo of' and 'a pair of'.
 
     `terms` are nouns that are known, in the singular: one of them ends the phrase before `and`, a comma or a participle
-    ("four tennis courts arranged neatly"), before which other words go on ("a red, soft couch").
+    ("four tennis courts arranged neatly"), before which other words go on ("a red, soft couch"). One of several words
+    belongs to the phrase whatever they are ("two chests of drawers", "a rocking chair").
     """
-    text = _OPENING.sub("", _PICTURE.sub("", text.strip().lower()))
-    text = _COUNTING.sub("", text)
+    names = sorted((term.split() for term in terms if " " in term), key=len, reverse=True)
     words: list[str] = []
-    parts = re.findall(r"[\w'-]+|[^\w\s'-]+", text)
-    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+    parts = _PART.findall(_bare(text.strip().lower()))
+    singulars = [_singular(part) for part in parts]
+    place = 0
+    while place < len(parts):
+        if name := next((n for n in names if singulars[place : place + len(n)] == n), None):
+            words += name
+            place += len(name)
+            continue
+        part, following = parts[place], "".join(parts[place + 1 : place + 2])
         goes_on = following and following not in _FUNCTION_WORDS | _RELATIONS
+        place += 1
         if words and part in ("and", ",") and goes_on and not _ends_in(words, terms):
             continue
         if words and (part in _RELATIONS or not _WORD.match(part)):
@@ -280,6 +293,11 @@ def subject(text: str, terms: Collection[str] = ()) -> list[str]:
     return words
 
 
+def _bare(text: str) -> str:
+    """A text in lower case without 'there is', 'a photo of' and 'a pair of' at its beginning."""
+    return _COUNTING.sub("", _OPENING.sub("", _PICTURE.sub("", text)))
+
+
 def _ends_in(words: Sequence[str], terms: Collection[str]) -> bool:
     return any(" ".join(words[i:]) in terms for i in range(len(words)))
 
@@ -289,6 +307,10 @@ def _singular(word: str) -> str:
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
         return word[:-2]
+    if _IN_F.fullmatch(word):
+        return word[:-3] + "f"
+    if _IN_FE.fullmatch(word):
+        return word[:-3] + "fe"
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         return word[:-1]
     return word

@@ -79,6 +79,30 @@ def test_names_count_whatever_word_of_them_is_in_the_plural(encoder: TextEncoder
     assert not guard.is_normal_class("a pair of glasses on a table")
 
 
+def test_names_count_in_plurals_that_end_in_ves(encoder: TextEncoder) -> None:
+    guard = Guard(GuardConfig(subject_similarity=1), ("shelf", "knife", "leaf", "glove", "valve"), (), encoder)
+    for line in ("two wooden shelves on a wall", "a set of kitchen knives", "three green leaves on a table"):
+        assert guard.is_normal_class(line)
+    for line in ("a pair of red gloves", "a brass valve", "two brass valves in a factory"):
+        assert guard.is_normal_class(line)
+    assert not guard.is_normal_class("two wolves in a forest")
+
+
+def test_names_count_with_the_prepositions_in_them(encoder: TextEncoder) -> None:
+    terms = ("chest of drawers", "love in the mist", "rocking chair", "pair of scissors")
+    guard = Guard(GuardConfig(subject_similarity=1), terms, (), encoder)
+    for line in (
+        "a wooden chest of drawers in a bedroom",
+        "a photo of two old chests of drawers",
+        "blue love in the mist in a garden",
+        "a wooden rocking chair on a porch",
+        "a rusty pair of scissors on a table",
+    ):
+        assert guard.is_normal_class(line)
+    for line in ("a chest of gold coins", "a wooden chest of drawers handle", "a lamp on a chest of drawers"):
+        assert not guard.is_normal_class(line)
+
+
 def test_it_is_the_noun_that_is_compared_with_the_names(encoder: TextEncoder) -> None:
     guard = Guard(GuardConfig(), ("chair",), (), encoder)
     assert guard.is_normal_class("a green armchair in a garden")
