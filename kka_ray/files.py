@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,9 +25,14 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A file to write within the block, which takes its place as `path` at the end, or goes if that is not reached."""
-    temporary = path.with_name(f".{path.name}.partial")
+def written(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A file to write within the block, which takes its place as `path` at the end, or goes if that is not reached.
+
+    `shared`: another may be writing `path` at the same time. The file then has a name of its own, and what a killed
+    process leaves of it is not written over by the next: for what is small.
+    """
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f".{path.name}{own}.partial")
     try:
         yield temporary
         temporary.rename(path)
@@ -36,8 +42,8 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text`. Raises OSError as the file system does."""
-    with written(path) as temporary:
+    """Writes `text`; of several writers at once the last one's stays. Raises OSError as the file system does."""
+    with written(path, shared=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

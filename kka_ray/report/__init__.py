@@ -5,12 +5,12 @@ It is made of the run's folder alone, so it can be written anew at any time, wit
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kka_ray.errors import ResourceError
+from kka_ray.files import write_text
 from kka_ray.report import sections, wording
 from kka_ray.report.run_folder import RunFolder
 
@@ -26,14 +26,10 @@ def write_report(folder: Path) -> Path:
     """
     html = _environment().get_template("report.html").render(sections.page(RunFolder.read(folder)))
     path = folder / "report.html"
-    temporary = folder / f".report.html.{os.getpid()}.partial"
     try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, html)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error}. Free some room or mend its permissions") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -281,10 +282,26 @@ def test_is_written_whole_or_not_at_all(write_fake_run, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(kka_ray.report.Path, "replace", fail)
+    monkeypatch.setattr(kka_ray.report.Path, "rename", fail)
     with pytest.raises(kka_ray.report.ResourceError, match="disk full"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == first
+    assert not list(folder.glob(".report*"))
+
+
+def test_two_reports_at_once_are_both_written(write_fake_run, monkeypatch):
+    folder, _ = write_fake_run(rounds=1, lines=32, trained=False)
+    write = Path.write_text
+
+    def write_while_another_does(path, *args, **kwargs):
+        monkeypatch.setattr(Path, "write_text", write)
+        done = write(path, *args, **kwargs)
+        other = write_report(folder).read_bytes()
+        assert other == path.read_bytes()
+        return done
+
+    monkeypatch.setattr(Path, "write_text", write_while_another_does)
+    assert write_report(folder).read_text().endswith("</html>")
     assert not list(folder.glob(".report*"))
 
 
