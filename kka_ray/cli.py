@@ -369,7 +369,10 @@ def bench_demo(
 def bench_detectors(
     data: Annotated[Path, typer.Option(help="folder with cifar100, cifar10, oxford102, ... in Parquet")],
     seeds: Annotated[int, typer.Option(min=1, help="seeds of the split, the anomalies and the fit")] = 5,
-    only: Annotated[list[str] | None, typer.Option(help="a data set, detector or source; may be given again")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="a data set, detector or source, or KIND:NAME as in source:genias; may be given again"),
+    ] = None,
     target: Annotated[Path, typer.Option(help="the JSON file to write")] = Path("benchmarks/results/detectors.json"),
     store: Annotated[str, typer.Option(help="URI of the store for backbone features")] = "runs/store",
     frozen: Annotated[Path, typer.Option(help="the run whose detectors at 32 px are measured as well")] = Path(

@@ -115,10 +115,10 @@ def measure(
     """Measures what is missing in `target`, which is written after every row; returns all rows.
 
     folder: holds `cifar100`, `cifar10`, `oxford102`, `ucm_captions` and `magnetic_tile` in Parquet. only: names of data
-    sets, detectors or sources; each of the three kinds that is named is restricted to its names. again: rows that are
-    there are measured anew. frozen: a run's configuration whose detectors are measured beside the default ones (see
-    `frozen_detectors`). Raises ConfigError for an unknown name or a configuration that cannot be read, DataError if
-    data is missing or damaged.
+    sets, detectors or sources (see `choose`); each of the three kinds that is named is restricted to its names. again:
+    rows that are there are measured anew. frozen: a run's configuration whose detectors are measured beside the default
+    ones (see `frozen_detectors`). Raises ConfigError for a name that is unknown or of two kinds and for a configuration
+    that cannot be read, DataError if data is missing or damaged.
     """
     at_32px = {} if frozen is None else frozen_detectors(frozen, folder)
     known_detectors = {kind: default(kind) for kind in DETECTORS} | at_32px
@@ -161,13 +161,22 @@ def frozen_detectors(file: Path, folder: Path) -> dict[str, DetectorConfig]:
 
 
 def choose(only: Sequence[str], detectors: Sequence[str] = tuple(DETECTORS)) -> tuple[list[str], list[str], list[str]]:
-    """Data sets, detectors and sources that the names in `only` leave. Raises ConfigError for an unknown name."""
-    kinds = [list(DATA_SETS), list(detectors), [NONE, *KINDS, OUTSIDE]]
-    unknown = [name for name in only if not any(name in kind for kind in kinds)]
-    if unknown:
-        known = "; ".join(", ".join(kind) for kind in kinds)
-        raise ConfigError(f"--only {unknown[0]}: there is no such data set, detector or source; there are {known}")
-    first, second, third = ([n for n in kind if n in only] or kind for kind in kinds)
+    """Data sets, detectors and sources that the names in `only` leave, each NAME or KIND:NAME as in `source:genias`.
+
+    Raises ConfigError for an unknown name, and for one that is of two kinds without saying which is meant.
+    """
+    kinds = {"data": list(DATA_SETS), "detector": list(detectors), "source": [NONE, *KINDS, OUTSIDE]}
+    chosen: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for wanted in only:
+        found = [kind for kind, names in kinds.items() if wanted.removeprefix(f"{kind}:") in names]
+        if not found:
+            known = "; ".join(", ".join(names) for names in kinds.values())
+            raise ConfigError(f"--only {wanted}: there is no such data set, detector or source; there are {known}")
+        if len(found) > 1:
+            each = " or ".join(f"--only {kind}:{wanted}" for kind in found)
+            raise ConfigError(f"--only {wanted}: there is a {' and a '.join(found)} of this name; say {each}")
+        chosen[found[0]].append(wanted.removeprefix(f"{found[0]}:"))
+    first, second, third = ([n for n in names if n in chosen[kind]] or names for kind, names in kinds.items())
     return first, second, third
 
 

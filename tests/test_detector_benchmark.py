@@ -29,6 +29,16 @@ def test_names_restrict_their_kind_only():
         choose(["knn", "svm"])
 
 
+def test_a_name_of_two_kinds_says_which_is_meant():
+    everything = choose(())
+    with pytest.raises(ConfigError, match="say --only detector:genias or --only source:genias"):
+        choose(["genias"])
+    assert choose(["detector:genias"]) == (everything[0], ["genias"], everything[2])
+    assert choose(["source:genias", "data:oxford102"]) == (["oxford102"], everything[1], ["genias"])
+    with pytest.raises(ConfigError, match="--only source:knn: there is no such"):
+        choose(["source:knn"])
+
+
 def test_frozen_detectors_have_rows_of_their_own_unless_they_are_the_default_ones():
     found = frozen_detectors(ROOT / "configs" / "detectors_32px.yaml", Path("data"))
     assert {config.kind for config in found.values()} == {"ae_svdd", "beatgan", "genias", "simplenet_pixels"}
