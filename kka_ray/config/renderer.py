@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kka_ray.config.models import ClusterConfig, Data, Strict, TrackingConfig
+from kka_ray.config.models import ClusterConfig, Data, FlowersData, Strict, TrackingConfig
 from kka_ray.config.strict import NAME
 
 
@@ -116,6 +117,18 @@ class RendererConfig(Strict):
     processes: int = Field(2, ge=1, description="processes that draw procedural images")
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig(experiment="kka-renderers")
+
+    @model_validator(mode="after")
+    def _folder_of_images_is_named(self) -> RendererConfig:
+        sources = [s.data if isinstance(s, DataSource) else s for s in self.sources]
+        paths = [s.path for s in sources if not isinstance(s, FlowersSource | FlowersData)]
+        # Whoever leaves it out need not know that it would be whatever folder the command is given in.
+        if "data" not in self.model_fields_set and any(PurePath(path) == PurePath() for path in paths):
+            raise ValueError(
+                "data: is required, as a source is that folder itself; give the folder of images as -o data=DIR, or "
+                "the current one as -o data=."
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_is_shared_out(self) -> RendererConfig:

@@ -36,7 +36,16 @@ def test_every_shipped_run_loads_and_is_written_back_equal(file: Path, tmp_path:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "renderer").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_shipped_renderer_loads(file: Path) -> None:
-    assert load(file, RendererConfig).name == file.stem
+    assert load(file, RendererConfig, ["data=x"]).name == file.stem
+
+
+def test_a_renderer_of_a_folder_wants_that_folder(tmp_path: Path) -> None:
+    file = ROOT / "configs" / "renderer" / "folder.yaml"
+    with pytest.raises(ConfigError, match="data: is required.*-o data=DIR"):
+        load(file, RendererConfig)
+    config = load(file, RendererConfig, ["data=."])
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml", RendererConfig) == config
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
