@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -18,10 +19,15 @@ from kka_ray.serving.proxy import installed
 
 APPLICATION = "kka"
 
+_LOOPBACK, _ANY = ("127.0.0.1", "::1", "localhost"), ("0.0.0.0", "::")
+
 
 @dataclass(frozen=True)
 class Service:
-    """A running service: its address, and the file with its token unless that came from the environment."""
+    """A running service: its address, and the file with its token unless that came from the environment.
+
+    An address at the loopback is that of the cluster's head, which is where Serve listens.
+    """
 
     url: str
     token_file: Path | None
@@ -44,17 +50,18 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
 
     with detector_folder(run):
         pass  # it is there; each replica loads it by itself
-    _check_port(config)
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        _check_port(config)  # before a cluster is started, which takes a while
     if not blocking:
         if not ray.is_initialized():
             raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")
-        _check_serve_is_ours()
+        _check_cluster(config)
         return _deploy(run, config, make_token(), say)
     token = make_token()
     with installed(token.digest, config.max_total_bytes), session(ClusterConfig()):
         from ray import serve
 
-        _check_serve_is_ours()
+        _check_cluster(config)
         try:
             service = _deploy(run, config, token, say)
             _wait_for_the_end()
@@ -91,9 +98,31 @@ def _deploy(run: str | Path, config: ServeConfig, token: Token, say: Callable[[s
         raise ResourceError(f"the service did not start: {error}") from error
     # Not before: the token of a service that runs already is not to go for one that does not start.
     token_file = write_token(token, run, config.port)
-    service = Service(f"http://{config.host}:{config.port}", token_file)
-    say(f"serving {run} at {service.url}; {f'token in {token_file}' if token_file else f'token from {VARIABLE}'}")
+    head = _head_elsewhere()
+    host = head if head and config.host in _ANY else config.host
+    service = Service(f"http://{host}:{config.port}", token_file)
+    where = service.url
+    if head and host in _LOOPBACK:
+        where += (
+            f" on the cluster's head, {head}, which no other machine reaches: --host 0.0.0.0 opens it to the network"
+        )
+    say(f"serving {run} at {where}; {f'token in {token_file}' if token_file else f'token from {VARIABLE}'}")
     return service
+
+
+def _head_elsewhere() -> str:
+    """The address of the cluster's head, on which alone Serve's proxy is started; empty if this process is on it."""
+    import ray
+
+    head = next(node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
+    return "" if head["NodeID"] == ray.get_runtime_context().get_node_id() else str(head["NodeManagerAddress"])
+
+
+def _check_cluster(config: ServeConfig) -> None:
+    """Whether Serve and the port are free on the cluster that this process is connected to."""
+    _check_serve_is_ours()
+    if not _head_elsewhere():
+        _check_port(config)
 
 
 def _check_port(config: ServeConfig) -> None:

@@ -1,8 +1,10 @@
 import re
+import socket
 import stat
 from pathlib import Path
 
 import pytest
+import ray
 
 from kka_ray import serving
 from kka_ray.config.serve import ServeConfig
@@ -73,13 +75,67 @@ def test_starting_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(AssetError, match="holds no detector"):
         start(tmp_path, ServeConfig(), blocking=False)
     (tmp_path / "detector.json").touch()
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ResourceError, match="choose another --port"):
             start(tmp_path, ServeConfig(port=taken.getsockname()[1]), blocking=False)
+
+
+NODES = [
+    {"NodeID": "a", "Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": {"node:__internal_head__": 1}},
+    {"NodeID": "b", "Alive": True, "NodeManagerAddress": "10.0.0.2", "Resources": {}},
+]
+
+
+class Here:
+    """The context of a process on a node."""
+
+    def __init__(self, node):
+        self.get_node_id = lambda: node
+
+
+@pytest.mark.parametrize(
+    ("node", "host", "url", "said"),
+    [
+        ("a", "127.0.0.1", "http://127.0.0.1:8000", "at http://127.0.0.1:8000; token"),
+        ("a", "0.0.0.0", "http://0.0.0.0:8000", "at http://0.0.0.0:8000; token"),
+        ("b", "127.0.0.1", "http://127.0.0.1:8000", "head, 10.0.0.1, which no other machine reaches: --host 0.0.0.0"),
+        ("b", "0.0.0.0", "http://10.0.0.1:8000", "at http://10.0.0.1:8000; token"),
+        ("b", "10.0.0.1", "http://10.0.0.1:8000", "at http://10.0.0.1:8000; token"),
+    ],
+)
+def test_the_address_is_that_of_the_head_on_which_serve_listens(tmp_path, monkeypatch, node, host, url, said):
+    from ray import serve
+
+    monkeypatch.setattr(serving, "_check_room", lambda config: None)
+    monkeypatch.setattr(ray, "nodes", lambda: NODES[::-1])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: Here(node))
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    heard: list[str] = []
+    (tmp_path / "detector.json").touch()
+    assert serving._deploy(tmp_path, ServeConfig(host=host), make_token(), heard.append).url == url
+    assert said in heard[0]
+
+
+def test_a_port_that_is_taken_here_may_be_free_on_the_head(tmp_path, monkeypatch):
+    from ray import serve
+
+    (tmp_path / "detector.json").touch()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
+    monkeypatch.setattr(serve, "status", lambda: serve.schema.ServeStatus())
+    monkeypatch.setattr(serving, "_deploy", lambda *_: "deployed")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = ServeConfig(port=taken.getsockname()[1])
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: Here("b"))
+        assert start(tmp_path, config, blocking=False) == "deployed"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: Here("a"))
+        with pytest.raises(ResourceError, match="choose another --port"):
+            start(tmp_path, config, blocking=False)
 
 
 def test_the_token_of_a_running_service_survives_a_start_that_fails(tmp_path, monkeypatch):
@@ -90,6 +146,8 @@ def test_the_token_of_a_running_service_survives_a_start_that_fails(tmp_path, mo
 
     (tmp_path / "detector.json").touch()
     monkeypatch.setattr(serving, "_check_room", lambda config: None)
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: Here(NODES[0]["NodeID"]))
     monkeypatch.setattr(serve, "start", lambda **_: None)
     monkeypatch.setattr(serve, "run", lambda *_, **__: None)
     said: list[str] = []
