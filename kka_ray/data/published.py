@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ UC_MERCED = (
 )
 """The folders of UC Merced's classes, by label."""
 
-TILES = ("free", "blowhole", "break", "crack", "fray", "uneven")
-"""What is on a magnetic tile, by label."""
+TILES = {"free": 952, "blowhole": 115, "break": 85, "crack": 57, "fray": 32, "uneven": 103}
+"""What is on a magnetic tile, by label, and how many pictures of it there are."""
 
 FLOWERS = (
     *("pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily"),
@@ -152,12 +153,18 @@ def magnetic_tile(folder: Path) -> list[Entry]:
         if match is None or kind not in TILES:
             raise DataError(f"{file} is not named as the set's pictures are (MT_Crack/Imgs/exp1_num_3191.jpg); move it")
         found.append((int(match[2]), int(match[1]), kind, file))
+    there = Counter(kind for _, _, kind, _ in found)
+    lacking = [
+        f"{count - there[kind]} of {count} in MT_{kind.title()}" for kind, count in TILES.items() if there[kind] < count
+    ]
+    if found and lacking:
+        raise DataError(f"{folder} lacks pictures of the set: {', '.join(lacking)}; unpack all of it there again")
     entries, tile, before = [], -1, (0, 0)
     for number, exposure, kind, file in sorted(found):
         if tile < 0 or exposure <= before[1] or number - before[0] > _SAME_TILE:
             tile += 1
         before = number, exposure
-        label = TILES.index(kind)
+        label = list(TILES).index(kind)
         source = file.relative_to(file.parents[2]).as_posix()
         mask = file.with_suffix(".png") if label else None
         superclass = "defect" if label else "normal"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from kka_ray import cli
 from kka_ray.config.models import Cifar100Data, MagneticTileData, Oxford102Data, UcmData
-from kka_ray.data import importing, open_data
+from kka_ray.data import importing, open_data, published
 from kka_ray.data.cifar100 import SUPERCLASSES
 from kka_ray.data.decode import decode
 from kka_ray.data.importing import import_set
@@ -266,7 +266,13 @@ def tile(folder, kind, number, exposure, mask=None):
 
 
 @pytest.fixture
-def tiles(tmp_path):
+def any_number(monkeypatch):
+    """Sets of fewer pictures than there are."""
+    monkeypatch.setattr(published, "TILES", dict.fromkeys(published.TILES, 0))
+
+
+@pytest.fixture
+def tiles(any_number, tmp_path):
     """Twelve tiles of three exposures, numbered from 1000 on; the last one has a crack that two exposures show."""
     half = np.zeros((20, 30), np.uint8)
     half[:, :15] = 255
@@ -319,7 +325,16 @@ def test_damaged_tiles_leave_nothing(tiles, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_tiles_are_told_apart_by_exposure_and_number(tmp_path):
+def test_tiles_are_imported_whole_or_not_at_all(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "TILES", {**published.TILES, "free": 34, "crack": 3, "fray": 2})
+    with pytest.raises(DataError, match="lacks pictures of the set: 1 of 3 in MT_Crack, 2 of 2 in MT_Fray; unpack"):
+        import_set("magnetic_tile", tiles, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    monkeypatch.setattr(published, "TILES", {**published.TILES, "crack": 2, "fray": 0})
+    assert import_set("magnetic_tile", tiles, tmp_path / "out") == {"all": 36}
+
+
+def test_tiles_are_told_apart_by_exposure_and_number(any_number, tmp_path):
     numbers = [(100, 1), (230, 2), (381, 3), (400, 3), (410, 2), (415, 4)]
     for number, exposure in numbers:
         tile(tmp_path, "Free", number, exposure)
