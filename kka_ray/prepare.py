@@ -45,8 +45,12 @@ class Prepared:
 
 
 def prepare(config: RunConfig, store: Store) -> Prepared:
-    """Reads the normal images and computes their features, or finds both in the store. Opens no test file."""
+    """Reads the normal images and computes their features, or finds both in the store. Opens no test file.
+
+    Raises DataError if normal images are too few or damaged, or if files with test images are missing.
+    """
     data = open_data(config.data, config.seed)
+    data.look_for_test()  # it is the end of a run that would find them missing
     normals = _normals(config, data, store)
     backbone = Backbone.load(config.backbone, "cpu")
     patches = needs_patches(config)

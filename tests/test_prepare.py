@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
-from kka_ray.config.models import FlowersData, RunConfig
+from kka_ray.config.models import Cifar100Data, FlowersData, RunConfig
 from kka_ray.data import open_data
+from kka_ray.errors import DataError
 from kka_ray.prepare import prepare
 from kka_ray.prepare import test_set as read_test_set
 from kka_ray.store import Store
@@ -38,3 +42,15 @@ def test_what_follows_is_made_anew_at_another_image_size(tmp_path: Path) -> None
     }
     assert found[32] != found[64]
     assert prepare(RunConfig.model_validate(values | {"backbone": {"image_size": 32}}), store).identity == found[32]
+
+
+def test_a_run_misses_its_test_files_before_it_reads_its_normals(tmp_path: Path) -> None:
+    store, data = Store(str(tmp_path / "store")), tmp_path / "data"
+    data.mkdir()
+    config = RunConfig(name="x", data=Cifar100Data(kind="cifar100", path=str(data)))
+    pq.write_table(pa.table({"image": [b"damaged"]}), data / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"has no test-\*\.parquet"):
+        prepare(config, store)
+    (data / "test-00000-of-00001.parquet").write_bytes(b"is not opened")
+    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet lacks the column"):
+        prepare(config, store)

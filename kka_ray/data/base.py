@@ -77,6 +77,9 @@ class DataModule(ABC):
     def normals(self) -> Normals:
         """The training and validation normals. Raises DataError if there are too few to split."""
 
+    def look_for_test(self) -> None:  # noqa: B027  most sets have looked at their files before
+        """Raises DataError if files with test images are missing: sooner than `test`, as this looks at names only."""
+
     @abstractmethod
     def test(self) -> ImageSet | None:
         """The test images, or None where the data set has none. Images that are also in `normals` are dropped."""

@@ -57,7 +57,7 @@ class Oxford102Module(DataModule):
         self.normal_terms = (name, *SYNONYMS.get(config.label, ()))
 
     def normals(self) -> Normals:
-        """See `DataModule.normals`."""
+        """See `DataModule.normals`. Raises DataError as well if the fold is empty, and a test would lack normals."""
         return self._normals
 
     @cached_property
@@ -73,6 +73,11 @@ class Oxford102Module(DataModule):
     @cached_property
     def _normals(self) -> Normals:
         species, duplicates = self._species
+        if not len(self._fold):
+            raise DataError(
+                f"{self.config.path}: the label {self.config.label} has {len(species)} distinct images, of which fold "
+                f"{self.config.fold} of {self.config.folds} has none; set data.folds to {len(species)} at most"
+            )
         rest = species.take(np.setdiff1d(np.arange(len(species)), self._fold))
         source = f"{self.config.path}, label {self.config.label}, outside fold {self.config.fold}"
         return split_normals(rest, self.config.validation, self.seed, source, {"duplicate": duplicates})

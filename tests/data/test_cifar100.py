@@ -85,6 +85,7 @@ def test_terms_hold_names_and_synonyms(folder):
 def test_no_test_file_is_opened_before_test(folder):
     (folder / "test-00000-of-00001.parquet").write_bytes(b"garbage")
     data = open_data(config(folder), 0)
+    data.look_for_test()
     assert len(data.normals().train) == 20
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet cannot be read as Parquet"):
         data.test()
@@ -94,8 +95,9 @@ def test_missing_files_are_named(folder, tmp_path):
     (folder / "test-00000-of-00001.parquet").unlink()
     data = open_data(config(folder), 0)
     data.normals()
-    with pytest.raises(DataError, match=r"has no test-\*\.parquet; set data\.path"):
-        data.test()
+    for wanted in (data.test, data.look_for_test):
+        with pytest.raises(DataError, match=r"has no test-\*\.parquet; set data\.path"):
+            wanted()
     with pytest.raises(DataError, match=r"nowhere is not a folder.*train-\*\.parquet"):
         open_data(config(tmp_path / "nowhere"), 0).normals()
 

@@ -80,6 +80,12 @@ def test_fold_that_is_not_there(folder):
         open_data(config(folder, fold=4), 0)
 
 
+def test_more_folds_than_images(folder):
+    assert len(open_data(config(folder, folds=39, fold=38), 0).normals().train) > 20
+    with pytest.raises(DataError, match="39 distinct images, of which fold 39 of 40 has none.*folds to 39 at most"):
+        open_data(config(folder, folds=40, fold=39), 0).normals()
+
+
 def test_species_that_is_not_there(folder):
     with pytest.raises(DataError, match="label 77"):
         open_data(config(folder, label=77), 0)

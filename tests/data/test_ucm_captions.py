@@ -98,9 +98,16 @@ def test_no_test_file_is_opened_before_test(folder):
     (folder / "test-00000-of-00001.parquet").write_bytes(b"garbage")
     data = open_data(config(folder), 0)
     assert data.subject == "aerial views of storage tanks and tennis courts"
+    data.look_for_test()
     assert len(data.normals().train) > 50
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         data.test()
+
+
+def test_a_test_file_that_is_missing_is_named_by_a_look(folder):
+    (folder / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"has no test-\*\.parquet"):
+        open_data(config(folder), 0).look_for_test()
 
 
 @pytest.mark.parametrize("labels", [(), (21,), (-1,), (19, 19)])
