@@ -198,7 +198,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         rows = np.random.default_rng(0).permutation(len(data.images))[:_MATCHED].tolist()
         shown = backbone.extract([data.images[i] for i in rows[:SAMPLE]], patches=False).pooled
         save_reference(target, shown, backbone.identity, backbone.config.image_size)
-        train_matcher(target, data, rows, backbone, TextEncoder())
+        train_matcher(target, data, rows, backbone, TextEncoder(), config.network.max_text_tokens)
 
 
 def _identity(config: RendererConfig) -> dict[str, Any]:

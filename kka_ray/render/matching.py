@@ -32,6 +32,8 @@ FILE = "matcher.safetensors"
 OTHERS = 512
 """Captions that an image's own text is compared with."""
 
+_MAX_TOKENS = 32
+"""Of a text, for matchers whose file does not say it: they were trained with so many."""
 _SPACE, _HIDDEN = 256, 512
 _BATCH, _EPOCHS, _RATE = 512, 12, 1e-3
 _REDRAW = 1_000_003
@@ -62,11 +64,12 @@ class Projections(nn.Module):
 
 
 def train_matcher(
-    folder: Path, data: TrainingData, rows: Sequence[int], backbone: Backbone, encoder: TextEncoder
+    folder: Path, data: TrainingData, rows: Sequence[int], backbone: Backbone, encoder: TextEncoder, max_tokens: int
 ) -> None:
     """Learns the similarity on `rows` of a training's data and writes it beside the pipeline in `folder`.
 
-    Needs at least two images; `backbone` is the default one, `encoder` the one that made the data's token states.
+    Needs at least two images; `backbone` is the default one, `encoder` the one that made the data's token states, of
+    `max_tokens` a caption at most.
     """
     generator = torch.Generator().manual_seed(0)
     pooled = torch.from_numpy(backbone.extract([data.images[i] for i in rows], patches=False).pooled)
@@ -77,7 +80,8 @@ def train_matcher(
     others = projections.text(embedded[seen[torch.randperm(len(seen), generator=generator)[:OTHERS]]])
     tensors = {name: value.half().contiguous() for name, value in projections.state_dict().items()}
     tensors["others"] = others.half().contiguous()
-    save_file(tensors, folder / FILE, {"backbone": backbone.identity, "text_encoder": encoder.identity})
+    made_with = {"backbone": backbone.identity, "text_encoder": encoder.identity, "max_tokens": str(max_tokens)}
+    save_file(tensors, folder / FILE, made_with)
 
 
 def _fit(pooled: Tensor, captions: Tensor, embedded: Tensor, generator: torch.Generator) -> Projections:
@@ -107,11 +111,14 @@ def _fit(pooled: Tensor, captions: Tensor, embedded: Tensor, generator: torch.Ge
 
 
 class Matcher:
-    """How well images match texts, as learned with one renderer."""
+    """How well images match texts, as learned with one renderer from the first `max_tokens` tokens of a text."""
 
-    def __init__(self, projections: Projections, others: Tensor, backbone: Backbone, encoder: TextEncoder) -> None:
+    def __init__(
+        self, projections: Projections, others: Tensor, backbone: Backbone, encoder: TextEncoder, max_tokens: int
+    ) -> None:
         self._projections, self._others = projections, others
         self._backbone, self._encoder = backbone, encoder
+        self._max_tokens = max_tokens
 
     @classmethod
     def load(cls, pipeline: str, device: str = "cpu") -> Matcher:
@@ -131,17 +138,18 @@ class Matcher:
             with safe_open(file, "pt") as stored:
                 made_with = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+            max_tokens = int(made_with.pop("max_tokens", _MAX_TOKENS))
             others = tensors.pop("others")
             projections = Projections(len(tensors["mean"]))
             projections.load_state_dict(tensors)
-        except (SafetensorError, KeyError, RuntimeError) as error:
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise AssetError(f"{file} is damaged ({error}); fetch or train the renderer again") from error
         if made_with != {"backbone": backbone.identity, "text_encoder": encoder.identity}:
             raise AssetError(
                 f"{file} was made with another backbone or text encoder than are installed; leave render.match out, or "
                 "train the renderer again"
             )
-        return cls(projections.eval().requires_grad_(False), others, backbone, encoder)
+        return cls(projections.eval().requires_grad_(False), others, backbone, encoder, max_tokens)
 
     @torch.inference_mode()
     def match(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
@@ -150,7 +158,7 @@ class Matcher:
             return np.zeros(0, np.float32)
         seen = self._projections.image(torch.from_numpy(self._backbone.extract(list(images), patches=False).pooled))
         # One by one: in a batch the rounding of a text's states would depend on the texts beside it.
-        said = torch.cat([pool(*self._encoder.tokens([text])).float().cpu() for text in texts])
+        said = torch.cat([pool(*self._encoder.tokens([text], self._max_tokens)).float().cpu() for text in texts])
         own = (seen * self._projections.text(said)).sum(1, keepdim=True)
         return (seen @ self._others.T < own).float().mean(1).numpy()
 

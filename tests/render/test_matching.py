@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from kka_ray import assets
 from kka_ray.config.models import MatchConfig
@@ -45,24 +47,24 @@ def image(number: int) -> np.ndarray:
     return np.full((4, 4, 3), number, np.uint8)
 
 
-@pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def train(folder: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> Path:
     """A folder with a matcher of 200 images, one text each, out of 256."""
     backbone, encoder = FakeBackbone(), tiny.FakeTextEncoder()
     monkeypatch.setattr(matching, "TextEncoder", tiny.FakeTextEncoder)
     monkeypatch.setattr(matching.Backbone, "load", lambda *_: backbone)
     monkeypatch.setattr(assets, "resolve", lambda folder: SimpleNamespace(path=Path(folder)))
     rows = np.random.default_rng(0).permutation(256)
-    data = TrainingData.encode(
-        np.stack([image(i) for i in rows]),
-        [[text(i)] for i in rows],
-        encoder,
-        max_tokens=16,  # type: ignore[arg-type]
-    )
-    train_matcher(tmp_path, data, list(range(200)), backbone, encoder)  # type: ignore[arg-type]
-    (tmp_path / "held_out").mkdir()
-    np.save(tmp_path / "held_out" / "rows.npy", rows[200:])
-    return tmp_path
+    pictures, texts = np.stack([image(i) for i in rows]), [[text(i)] for i in rows]
+    data = TrainingData.encode(pictures, texts, encoder, max_tokens)  # type: ignore[arg-type]
+    train_matcher(folder, data, list(range(200)), backbone, encoder, max_tokens)  # type: ignore[arg-type]
+    (folder / "held_out").mkdir()
+    np.save(folder / "held_out" / "rows.npy", rows[200:])
+    return folder
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return train(tmp_path, monkeypatch, 16)
 
 
 def test_images_match_their_own_texts_and_not_those_of_others(trained: Path) -> None:
@@ -77,6 +79,27 @@ def test_images_match_their_own_texts_and_not_those_of_others(trained: Path) -> 
     assert np.median(own) > 0.95
     assert 0.2 < np.median(others) < 0.8
     assert matcher.match([], []).shape == (0,)
+
+
+def test_texts_are_read_as_far_as_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = Matcher.load(str(train(tmp_path, monkeypatch, 5)))  # "<s> a red and blue", the kind is not seen
+    images, texts = [image(i) for i in range(64)], [text(i) for i in range(64)]
+    ends = [t.replace("thing of", "toy of an unheard-of") for t in texts]
+    assert np.array_equal(matcher.match(images, texts), matcher.match(images, ends))
+
+
+def test_a_matcher_that_does_not_say_how_far_it_reads_reads_32_tokens(trained: Path) -> None:
+    with safe_open(trained / FILE, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(trained / FILE)
+    assert metadata.pop("max_tokens") == "16"
+    save_file(tensors, trained / FILE, metadata)
+    matcher = Matcher.load(str(trained))
+    images, texts = [image(i) for i in range(64)], [text(i) + " really" * 28 for i in range(64)]
+    inside, outside = ([t.rsplit(" ", n)[0] + " blue" * n for t in texts] for n in (6, 4))
+    assert [len(t.split()) for t in (texts[0], inside[0], outside[0])] == [36] * 3
+    assert np.array_equal(matcher.match(images, texts), matcher.match(images, outside))
+    assert not np.array_equal(matcher.match(images, texts), matcher.match(images, inside))
 
 
 def test_a_matcher_of_other_models_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
