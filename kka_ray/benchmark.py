@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from kka_ray import assets
+from kka_ray.amounts import amount
 from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
 from kka_ray.detectors import tuned
@@ -149,7 +150,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Table:
     """The checks, one a row."""
-    out = Table(title=f"the demo over {result['seeds']} seeds")
+    out = Table(title=f"the demo over {amount(result['seeds'], 'seed')}")
     for name in ("measure", "mean ± std", "wanted", ""):
         out.add_column(name, justify="left" if name == "measure" else "right")
     for name, row in result["checks"].items():
@@ -162,7 +163,7 @@ def in_words(row: Mapping[str, Any]) -> str:
     values = row["per_seed"]
     if row["mean"] is None:
         return "not measured"
-    missing = f" in {len(values) - values.count(None)} of {len(values)} seeds" if None in values else ""
+    missing = f" in {len(values) - values.count(None)} of {amount(len(values), 'seed')}" if None in values else ""
     return f"{row['mean']:.4f} ± {row['std']:.4f}{missing}"
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kka_ray import __version__
+from kka_ray.amounts import amount
 from kka_ray.config import RunConfig, dump, load
 from kka_ray.config.models import Engine
 from kka_ray.errors import ConfigError, KkaError
@@ -385,7 +386,7 @@ def bench_detectors(
     from kka_ray.store import Store
 
     rows = detector_benchmark.measure(data, seeds, target, Store(store), _say, only or (), again=again, frozen=frozen)
-    _say(f"{len(rows)} rows: {target}. `python benchmarks/tables.py` writes them into docs/results.md")
+    _say(f"{amount(len(rows), 'row')}: {target}. `python benchmarks/tables.py` writes them into docs/results.md")
 
 
 def _run(config: RunConfig, verbose: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kka_ray import versions
+from kka_ray.amounts import amount
 from kka_ray.config.loading import load
 from kka_ray.config.models import (
     BackboneConfig,
@@ -137,7 +138,7 @@ def measure(
             say(f"{what}: AUC {row.auc:.4f}, {row.fit_seconds:.1f} s")
     old = sum(row.version != VERSION for row in rows.values())
     if old:
-        say(f"{old} rows were measured by another version of the detectors: --again measures them anew")
+        say(f"measured by another version of the detectors: {amount(old, 'row')}; --again measures anew")
     return list(rows.values())
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kka_ray import assets
+from kka_ray.amounts import amount
 from kka_ray.config.models import ApiSampler, FlowersData, FolderData, RunConfig, StoreConfig
 from kka_ray.errors import DataError, StoreError
 from kka_ray.files import absolute_path
@@ -169,7 +170,7 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bfloat16 = "with" if has_bfloat16(torch.device("cpu")) else "without"
-    yield Finding("CPU", "ok", f"{cores} cores, {bfloat16} bfloat16 arithmetic")
+    yield Finding("CPU", "ok", f"{amount(cores or 1, 'core')}, {bfloat16} bfloat16 arithmetic")
     yield Finding("memory", "ok", _memory())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(count):
@@ -298,10 +299,10 @@ def _images(data: FolderData, seed: int) -> Finding:
         count = FolderModule(data, seed).look()
     except DataError as error:
         return Finding("data.path", "wrong", str(error), "see there")
-    least = least_normals(data.validation)
+    there, least = f"{amount(count, 'normal image')} in {data.path}", least_normals(data.validation)
     if count < least:
-        return Finding("data.path", "wrong", f"{count} normal images in {data.path}, needs {least}", "add some")
-    return Finding("data.path", "ok", f"{count} normal images in {data.path}")
+        return Finding("data.path", "wrong", f"{there}, needs {least}", "add some")
+    return Finding("data.path", "ok", there)
 
 
 def _model_remedy(key: str, reference: str) -> str:

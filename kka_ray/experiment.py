@@ -21,6 +21,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kka_ray import assets, places, text_signal, tracking, versions
+from kka_ray.amounts import amount
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
@@ -314,7 +315,7 @@ def skipped(prepared: Prepared, folder: str) -> list[str]:
         return []
     name, reason = files[0]
     return [
-        f"{len(files)} files could not be used and are left out, the first of them {name} ({reason}); "
+        f"left out: {amount(len(files), 'file')} that cannot be used, the first of them {name} ({reason}); "
         f"{places.below(folder, 'records/skipped.parquet')} lists them"
     ]
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kka_ray import places
+from kka_ray.amounts import amount
 from kka_ray.errors import DataError
 from kka_ray.store import Output, Store
 
@@ -136,12 +137,12 @@ def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
             soft_wrap=True,
         )
     removable = [e for e in entries if e.removable]
-    size = megabytes(sum(e.size for e in removable))
+    entry, size = amount(len(removable), "entry", "entries"), megabytes(sum(e.size for e in removable))
     if deleted:
-        console.print(f"deleted {len(removable)} entries, {size}", highlight=False)
+        console.print(f"deleted {entry}, {size}", highlight=False)
     elif removable:
         command = ["kka", "gc", "--output", inventory.output, "--store", inventory.store_uri, "--delete"]
-        text = f"{len(removable)} entries, {size}, can go: `{shlex.join(command)}`"
+        text = f"{entry}, {size}, can go: `{shlex.join(command)}`"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("nothing can go", highlight=False)

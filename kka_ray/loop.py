@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kka_ray import assets, versions
+from kka_ray.amounts import amount
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
 from kka_ray.cluster.streaming import Drawn, Pools, Streamer
@@ -328,10 +329,12 @@ class Loop:
         verdicts = [v for v in result.verdicts.values() if v.id not in mismatched]
         built = pairs.build_pairs(result.prompts, lines, verdicts, config, self.config.seed * 1000 + number)
         if len(built) < config.min_pairs:
-            reason = f"stalled: {len(built)} pairs, fewer than min_pairs = {config.min_pairs}"
+            reason = f"stalled: {amount(len(built), 'pair')}, fewer than min_pairs = {config.min_pairs}"
             collapsed = int(result.rounds[-1].diagnostics.get("collapsed_folds", 0))
             if collapsed:
-                reason += f"; the evaluator collapsed in {collapsed} folds of round {result.rounds[-1].number}"
+                reason += (
+                    f"; the evaluator collapsed in {amount(collapsed, 'fold')} of round {result.rounds[-1].number}"
+                )
             return result.adapter, reason, None
         output = self._train(built, result.adapter, number)
         self.progress("prefer", number, 1, 1)
@@ -380,13 +383,16 @@ def check_drawn(descriptions: list[Description], drawn: Drawn, number: int) -> N
     usable = sum(d.status == "ok" for d in descriptions)
     if usable and not drawn.ids:
         first = next(r.error for r in drawn.renderings if r.status == "failed")
-        raise StageError(f"all {len(drawn.renderings)} images of round {number} failed to be drawn; the first: {first}")
+        raise StageError(
+            f"round {number}: of {amount(len(drawn.renderings), 'image')} none could be drawn; the first: {first}"
+        )
     if not usable and number == 0:
         counts = Counter(d.reason for d in descriptions).most_common()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         raise StageError(
-            f"none of the {len(descriptions)} lines that the language model wrote can be drawn ({reasons}); the first: "
-            f"{descriptions[0].raw.strip()[:80]!r}. Change describe.instruction or describe.guard, or another model"
+            f"the language model wrote {amount(len(descriptions), 'line')}, of which none can be drawn ({reasons}); "
+            f"the first: {descriptions[0].raw.strip()[:80]!r}. Change describe.instruction or describe.guard, or "
+            "another model"
         )
 
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kka_ray import places, tracking
+from kka_ray.amounts import amount
 from kka_ray.cluster import leases
 from kka_ray.cluster.placement import bundles
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
@@ -136,8 +137,8 @@ def _run(
         _check_outside(champions, prepared)
         reference = make_reference(base, store, prepared, progress)
         note(
-            f"reference: {len(reference.ids)} drawn anomalies and {len(reference.normals)} drawn normals, the same for "
-            f"all {len(sweep.trials)} trials"
+            f"reference: {amount(len(reference.ids), 'drawn anomaly', 'drawn anomalies')} and "
+            f"{amount(len(reference.normals), 'drawn normal')}, the same in {amount(len(sweep.trials), 'trial')}"
         )
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params)
@@ -195,7 +196,7 @@ def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
     return Plan(
         tuple(
             Phase(
-                f"{concurrency} trials, {train.name}",
+                f"{amount(concurrency, 'trial')}, {train.name}",
                 tuple(replace(s, processes=s.processes * concurrency, most=0) for s in (*held, train)),
             )
             for train in sorted(trains, key=lambda s: s.name)
@@ -311,7 +312,7 @@ def best_of(outcomes: Iterable[Outcome]) -> Outcome:
     rows = list(outcomes)
     done = [(o.objective, o) for o in rows if o.objective is not None]
     if not done:
-        raise StageError(f"all {len(rows)} trials failed; the first: {rows[0].error}")
+        raise StageError(f"of {amount(len(rows), 'trial')} none came to its end; the first: {rows[0].error}")
     return max(done, key=lambda pair: pair[0])[1]
 
 
@@ -332,7 +333,7 @@ def to_json(result: SweepResult, sweep: Sweep) -> dict[str, Any]:
 
 def table(result: SweepResult, sweep: Sweep) -> Table:
     """The trials, the best marked."""
-    title = f"{sweep.config.name}: {sweep.config.objective} of {len(result.outcomes)} trials"
+    title = f"{sweep.config.name}: {sweep.config.objective} of {amount(len(result.outcomes), 'trial')}"
     out = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("trial", *_headings(sweep.config.parameters), "objective", "seconds", "made", "found", "kept"):
         out.add_column(name, justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kka_ray import places
+from kka_ray.amounts import amount
 from kka_ray.report.wording import arms, auc, cautions
 
 if TYPE_CHECKING:
@@ -96,11 +97,11 @@ def show_plan(
             # A model's name is long, and its end tells it from others: in narrow terminals the rest is folded first.
             table.add_column(name, no_wrap=name == "engine" and longest <= _NAME, overflow="fold")
         for share, engine in zip(phase.shares, engines, strict=True):
-            threads = f"{share.threads} thread{'s' if share.threads > 1 else ''}"
+            threads = amount(share.threads, "thread")
             each = ",\n".join([f"{share.cpus:g} CPU", *([f"{share.gpus:g} GPU"] if share.gpus else []), threads])
             weights = "not fetched yet" if share.weights is None else f"{share.weights / 1e9:.2f} GB"
             where = ",\n".join(f"{count} on {node}" for node, count in places[phase.name, share.name].items())
-            table.add_row(f"{share.processes} {share.name}", each, engine, weights, where)
+            table.add_row(amount(share.processes, share.name.removesuffix("s")), each, engine, weights, where)
         console.print(table)
     for row in times:
         known = "nothing like it in the store yet" if row.seconds is None else f"about {_duration(row.seconds)}"
@@ -155,8 +156,8 @@ def show_summary(folder: str, summary: dict[str, Any], console: Console) -> None
     if "api" in summary:
         api = summary["api"]
         console.print(
-            f"API: {api.get('requests', 0)} requests, {api.get('prompt_tokens', 0)} prompt and "
-            f"{api.get('completion_tokens', 0)} written tokens, cost {api['cost']:.4f}",
+            f"API: {amount(api.get('requests', 0), 'request')}, {amount(api.get('prompt_tokens', 0), 'prompt token')}, "
+            f"{amount(api.get('completion_tokens', 0), 'written token')}, cost {api['cost']:.4f}",
             highlight=False,
         )
     rule = "the share" if summary["budget_rule"] == "share" else "the least number"

@@ -130,6 +130,18 @@ def test_a_plan_shows_the_names_of_models_whole() -> None:
     assert "it fits" in text
 
 
+def test_a_plan_counts_one_process_in_the_singular() -> None:
+    workers = {"samplers": {"workers": 2}, "train_threads": 1}
+    config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "cluster": workers})
+    plan, console = make_plan(config), Console(width=200, file=io.StringIO(), record=True)
+    places = {(phase.name, share.name): {"127.0.0.1": 1} for phase in plan.phases for share in phase.shares}
+    times = [Estimate("describe", "1 line", 1.0), Estimate("render", "1 image", 1.0)]
+    show_plan(plan, places, times, turns=False, console=console)
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    for processes in ("2 samplers ", "1 renderer ", "1 DPO worker ", "1 detector worker "):
+        assert any(line.startswith(processes) for line in lines)
+
+
 def test_warnings_are_printed_as_they_are() -> None:
     console = Console(file=io.StringIO(), width=40)
     Reporter(console).warn("cannot read scan[rot].png, a[/b].png")

@@ -238,7 +238,7 @@ def test_the_table_says_what_can_go(store, tmp_path):
     _run(tmp_path / "runs", "demo", [["fit", used]])
     text = io.StringIO()
     show_store(collect(tmp_path / "runs", store.uri, delete=False), Console(file=text, width=150), deleted=False)
-    assert "1 entries, 2.0 MB, can go: `kka gc " in text.getvalue()
+    assert "1 entry, 2.0 MB, can go: `kka gc " in text.getvalue()
     assert "1 (3.0 MB)" in text.getvalue()
 
 

@@ -52,5 +52,5 @@ def test_a_run_misses_its_test_files_before_it_reads_its_normals(tmp_path: Path)
     with pytest.raises(DataError, match=r"has no test-\*\.parquet"):
         prepare(config, store)
     (data / "test-00000-of-00001.parquet").write_bytes(b"is not opened")
-    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet lacks the column"):
+    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet lacks columns"):
         prepare(config, store)

@@ -231,7 +231,7 @@ def test_outputs_count_as_found_if_they_were_there_before() -> None:
 def test_the_best_is_the_first_of_the_largest_and_failures_do_not_count() -> None:
     rows = [Outcome(0, {}, error="no"), Outcome(1, {}, 0.7), Outcome(2, {}, 0.9), Outcome(3, {}, 0.9)]
     assert best_of(rows).number == 2
-    with pytest.raises(StageError, match="all 1 trials failed; the first: no"):
+    with pytest.raises(StageError, match="of 1 trial none came to its end; the first: no"):
         best_of(rows[:1])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from kka_ray.amounts import amount
 from kka_ray.cluster.streaming import render_config, sample_config, sampler_config
 from kka_ray.config.models import RunConfig
 from kka_ray.store import Output, Store
@@ -55,10 +56,10 @@ def estimate(config: RunConfig, store: Store) -> list[Estimate]:
     arms = (3 + len(config.detect.controls)) * config.detect.seeds
     fit = None if None in fits else arms * sum(f for f in fits if f is not None)
     return [
-        Estimate("describe", f"{lines} lines", _times(line, lines / cluster.samplers.workers)),
-        Estimate("render", f"at most {images} images", _times(image, images / cluster.renderers.workers)),
-        Estimate("prefer", f"{config.loop.rounds} DPO jobs", _times(dpo, config.loop.rounds)),
-        Estimate("detect", f"at most {arms * len(fits)} fits", _times(fit, 1 / config.detect.workers)),
+        Estimate("describe", amount(lines, "line"), _times(line, lines / cluster.samplers.workers)),
+        Estimate("render", f"at most {amount(images, 'image')}", _times(image, images / cluster.renderers.workers)),
+        Estimate("prefer", amount(config.loop.rounds, "DPO job"), _times(dpo, config.loop.rounds)),
+        Estimate("detect", f"at most {amount(arms * len(fits), 'fit')}", _times(fit, 1 / config.detect.workers)),
     ]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kka_ray import assets
+from kka_ray.amounts import amount
 from kka_ray.config.models import PoolConfig, RunConfig
 from kka_ray.errors import ResourceError
 
@@ -39,7 +40,7 @@ class Share:
 
     def __str__(self) -> str:
         gpus = f", {self.gpus:g} GPU" if self.gpus else ""
-        each = f"{self.cpus:g} CPU{gpus}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        each = f"{self.cpus:g} CPU{gpus}, {amount(self.threads, 'thread')}"
         more = f", up to {self.most} where there is room" if self.most > self.processes else ""
         return f"{self.name}: {self.processes} x ({each}){more}"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from kka_ray.amounts import amount
 from kka_ray.data.base import content_hash
 from kka_ray.data.decode import FORMATS, decode
 from kka_ray.data.parquet import read_rows
@@ -94,8 +95,8 @@ def _train_groups(rows: Sequence[dict[str, Any]], normal: str, test_share: float
     pure = {_group(row, i) for i, row in enumerate(rows)} - mixed
     if len(pure) < 2:
         raise DataError(
-            f"{parquet} has {len(pure)} group(s) with rows of the superclass {normal!r} only; at least 2 are needed, "
-            "one to train on and one to test on"
+            f"{parquet} has {amount(len(pure), 'group')} with rows of the superclass {normal!r} only; at least 2 are "
+            "needed, one to train on and one to test on"
         )
     tested = min(max(1, round(test_share * len(pure))), len(pure) - 1)
     return pure - draw_groups(pure, tested, seed, "export test")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kka_ray.amounts import amount
 from kka_ray.config.models import FolderData
 from kka_ray.data.base import DataModule, ImageSet, Normals
 from kka_ray.data.captions import fill, without_article
@@ -205,7 +206,8 @@ class FolderModule(DataModule):
     def _refuse_if_none(self, loaded: _Loaded, folder: Path) -> None:
         if not loaded.files:
             raise DataError(
-                f"{folder}: none of its {len(loaded.skipped)} images can be used{_first(loaded.skipped)}; replace them"
+                f"{folder}: of {amount(len(loaded.skipped), 'image')} none can be used{_first(loaded.skipped)}; "
+                "replace them"
             )
 
     def _image_set(self, loaded: _Loaded, kinds: Sequence[str], *, captions_required: bool) -> ImageSet:

@@ -36,7 +36,7 @@ def read_rows(
         try:
             missing = [c for c in columns if c not in pq.read_schema(file).names]
             if missing:
-                raise DataError(f"{file} lacks the column(s) {', '.join(missing)}; see the data set's column list")
+                raise DataError(f"{file} lacks columns: {', '.join(missing)}; see the data set's column list")
             # Without partitioning=None a folder named `a=b` on the way would turn into a column.
             table = pq.read_table(file, columns=list(columns), filters=where, partitioning=None)
         except (pa.ArrowException, OSError) as error:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from kka_ray.amounts import amount
 from kka_ray.data.base import ImageSet, Normals, content_hash
 from kka_ray.errors import DataError
 
@@ -100,7 +101,7 @@ def too_few(count: int, enough: int, validation: int, source: str, dropped: Mapp
     out."""
     left_out = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
     return DataError(
-        f"{source}: {count} distinct normal image(s) cannot be split; at least {enough} are needed "
+        f"{source}: {amount(count, 'distinct normal image')} cannot be split; at least {enough} are needed "
         f"({enough - validation} to train on and {validation} to validate on)"
         f"{f'. Left out: {left_out}' if left_out else ''}. Add normal images or change the split"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from kka_ray.amounts import amount
 from kka_ray.errors import ResourceError
 from kka_ray.files import write_text
 from kka_ray.report import sections, wording
@@ -43,6 +44,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "amount": amount,
         "count": wording.count,
         "percent": wording.percent,
         "duration": wording.duration,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kka_ray.amounts import amount
 from kka_ray.config.models import IGNORE_ANOMALIES
 
 DETECTORS = {
@@ -126,11 +127,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def amount(number: int, thing: str) -> str:
-    """A number of things: '1 image', '2 images'."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def varies(spread: Mapping[str, Any]) -> bool:

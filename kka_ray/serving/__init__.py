@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before anything here imports Ray
+from kka_ray.amounts import amount
 from kka_ray.config.models import ClusterConfig
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import ResourceError
@@ -154,6 +155,7 @@ def _check_room(config: ServeConfig) -> None:
         needed = each * config.replicas
         if needed > there.get(name, 0):
             raise ResourceError(
-                f"{config.replicas} replicas need {needed:g} {name}s, the cluster has {there.get(name, 0):g}; "
+                f"for {amount(config.replicas, 'replica')} {needed:g} {name} are needed, the cluster has "
+                f"{there.get(name, 0):g}; "
                 "ask for fewer replicas, or for less a replica"
             )

@@ -122,7 +122,7 @@ def test_damaged_row_is_named(folder, picture, write_rows):
 
 def test_lacking_column_is_named(folder, write_rows):
     write_rows(folder / "train-00000-of-00002.parquet", [{"image": b"", "label": 0}])
-    with pytest.raises(DataError, match=r"train-00000-of-00002\.parquet lacks the column\(s\) class_name, source"):
+    with pytest.raises(DataError, match=r"train-00000-of-00002\.parquet lacks columns: class_name, source"):
         open_data(config(folder), 0).normals()
 
 

@@ -174,7 +174,7 @@ def test_empty_folder(tmp_path):
 def test_no_readable_image(tmp_path):
     for n in range(12):
         (tmp_path / f"{n}.png").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"none of its 12 images can be used \(first: unreadable: 0\.png"):
+    with pytest.raises(DataError, match=r"of 12 images none can be used \(first: unreadable: 0\.png"):
         open_data(config(tmp_path), 0).normals()
 
 

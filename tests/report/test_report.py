@@ -244,6 +244,14 @@ def test_a_run_without_rounds_after_the_zeroth_has_no_set_of_kka_s(write_fake_ru
     assert "One round was run, the zero-th, without preference training" in page.text
 
 
+def test_one_image_is_counted_in_the_singular(write_fake_run):
+    folder, summary = write_fake_run(rounds=1, lines=32, trained=False)
+    summary |= {"normals": 1, "test": {"normals": 3, "anomalies": 1}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(render(folder).text.split())
+    assert all(words in text for words in ("data · 1 normal (", "3 normal and 1 anomalous test image ·"))
+
+
 def test_without_test_anomalies_shows_threshold_and_normals_to_review(write_fake_run):
     folder, _ = write_fake_run(anomalies=False)
     page = render(folder)
