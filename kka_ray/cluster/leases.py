@@ -7,6 +7,7 @@ attempts at the same output the store keeps the first.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -19,6 +20,7 @@ import ray
 
 from kka_ray.store import Store
 
+log = logging.getLogger(__name__)
 EXPIRY = 60.0
 """Seconds without a beat after which a lease is free."""
 BEAT = 10.0
@@ -57,7 +59,10 @@ class Leases:
 
     @contextmanager
     def __call__(self, stage: str, key: str) -> Iterator[None]:
-        """Waits for the lease on an output and holds it within the block."""
+        """Waits for the lease on an output and holds it within the block.
+
+        If the ledger fails meanwhile, or gives the lease to another, that is a warning: what is being made is as good.
+        """
         lease = (stage, key, uuid.uuid4().hex)
         while not self._call("acquire", *lease):
             time.sleep(self._poll)
@@ -69,11 +74,29 @@ class Leases:
         finally:
             done.set()
             beating.join()
-            self._call("release", *lease)
+            self._release(lease)
 
     def _keep(self, done: threading.Event, lease: tuple[str, str, str]) -> None:
-        while not done.wait(self._beat) and self._call("acquire", *lease):
-            pass
+        """Beats until it is done or another has the lease.
+
+        The holder is not stopped for a lost lease: the store keeps the first output whole, so that the worst is work
+        done twice, and ending the work would only make that certain.
+        """
+        while not done.wait(self._beat):
+            try:
+                held = self._call("acquire", *lease)
+            except Exception as error:  # whatever it is: it would end this thread, and nobody waits for that
+                log.warning("no beat for the lease on %s/%s, tried again in %g s: %s", *lease[:2], self._beat, error)
+                continue
+            if not held:
+                log.warning("the lease on %s/%s ran out and is another's: it is made twice", *lease[:2])
+                return
+
+    def _release(self, lease: tuple[str, str, str]) -> None:
+        try:
+            self._call("release", *lease)
+        except Exception as error:  # the output is made, or an error of its making is under way
+            log.warning("the lease on %s/%s was not given back and has to run out: %s", *lease[:2], error)
 
 
 def start() -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from kka_ray.cluster.leases import Leases, Ledger
 from kka_ray.store import Attempt, Store
@@ -20,10 +22,13 @@ class Clock:
         return self.now
 
 
-def leases(ledger: Ledger, **options: float) -> Leases:
+def leases(ledger: Ledger, fails: Callable[[str], bool] = lambda method: False, **options: float) -> Leases:
+    """Leases of a ledger that cannot be reached while `fails(method)`."""
     lock = threading.Lock()
 
     def call(method: str, *arguments: str) -> object:
+        if fails(method):
+            raise ActorUnavailableError("the ledger is away", None)
         with lock:  # an actor does one call at a time
             return getattr(ledger, method)(*arguments)
 
@@ -62,6 +67,51 @@ def test_a_holder_beats_for_as_long_as_it_holds() -> None:
         time.sleep(0.4)
         assert not ledger.acquire("fit", "k", "another")
     assert ledger.acquire("fit", "k", "another")
+
+
+def test_a_holder_beats_on_after_the_ledger_failed(caplog: pytest.LogCaptureFixture) -> None:
+    ledger, away = Ledger(expiry=0.3), threading.Event()
+    with leases(ledger, lambda method: away.is_set(), beat=0.02)("fit", "k"):
+        away.set()
+        time.sleep(0.1)
+        away.clear()
+        time.sleep(0.5)
+        assert not ledger.acquire("fit", "k", "another")
+    assert "no beat for the lease on fit/k" in caplog.text
+    assert ledger.acquire("fit", "k", "another")
+
+
+def test_a_lost_lease_is_told_and_costs_no_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger()
+    store = Store(str(tmp_path), leases=leases(ledger, beat=0.02))
+
+    def make(attempt: Attempt) -> None:
+        ledger._leases = {key: ("another", ledger.clock()) for key in ledger._leases}
+        time.sleep(0.1)
+        attempt.json(7, "value")
+
+    assert store.get_or_make("x", 1, {}, make).json("value") == 7
+    assert "ran out and is another's" in caplog.text
+    assert [holder for holder, _ in ledger._leases.values()] == ["another"]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_ledger_that_is_gone_at_the_end_hides_neither_output_nor_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made: bool
+) -> None:
+    store = Store(str(tmp_path), leases=leases(Ledger(), lambda method: method == "release"))
+
+    def make(attempt: Attempt) -> None:
+        if not made:
+            raise ValueError("no")
+        attempt.json(7, "value")
+
+    if made:
+        assert store.get_or_make("x", 1, {}, make).json("value") == 7
+    else:
+        with pytest.raises(ValueError, match="no"):
+            store.get_or_make("x", 1, {}, make)
+    assert "has to run out" in caplog.text
 
 
 def test_two_that_want_the_same_output_make_it_once(tmp_path: Path) -> None:
