@@ -8,6 +8,7 @@ attempts at the same output the store keeps the first.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from kka_ray.store import Store
 
@@ -35,12 +37,19 @@ class Ledger:
     expiry: float = EXPIRY
     clock: Callable[[], float] = time.monotonic
     _leases: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+    _refused: dict[str, float] = field(default_factory=dict)
+    """When each actor that waited for a lease was last refused it, by the actor's id."""
 
-    def acquire(self, stage: str, key: str, holder: str) -> bool:
-        """Whether `holder` has the lease now: it was free, has run out, or was the holder's already."""
+    def acquire(self, stage: str, key: str, holder: str, waiting: str = "") -> bool:
+        """Whether `holder` has the lease now: it was free, has run out, or was the holder's already.
+
+        `waiting` is the id of an actor that does nothing else until it has the lease.
+        """
         now = self.clock()
         there = self._leases.get((stage, key))
         if there is not None and there[0] != holder and now - there[1] <= self.expiry:
+            if waiting:
+                self._refused[waiting] = now
             return False
         self._leases[stage, key] = (holder, now)
         return True
@@ -50,12 +59,17 @@ class Ledger:
         if self._leases.get((stage, key), ("", 0.0))[0] == holder:
             del self._leases[stage, key]
 
+    def waited(self, actor: str) -> float:
+        """Seconds since an actor waited for a lease; infinite for one that never did."""
+        return self.clock() - self._refused.get(actor, -math.inf)
+
 
 class Leases:
-    """Hands out leases in one process. `call(method, *arguments)` reaches the ledger."""
+    """Hands out leases in one process. `call(method, *arguments)` reaches the ledger; `actor` is the process's id if it
+    is an actor's."""
 
-    def __init__(self, call: Callable[..., Any], *, poll: float = 0.5, beat: float = BEAT) -> None:
-        self._call, self._poll, self._beat = call, poll, beat
+    def __init__(self, call: Callable[..., Any], *, actor: str = "", poll: float = 0.5, beat: float = BEAT) -> None:
+        self._call, self._actor, self._poll, self._beat = call, actor, poll, beat
 
     @contextmanager
     def __call__(self, stage: str, key: str) -> Iterator[None]:
@@ -64,7 +78,7 @@ class Leases:
         If the ledger fails meanwhile, or gives the lease to another, that is a warning: what is being made is as good.
         """
         lease = (stage, key, uuid.uuid4().hex)
-        while not self._call("acquire", *lease):
+        while not self._call("acquire", *lease, self._actor):
             time.sleep(self._poll)
         done = threading.Event()
         beating = threading.Thread(target=self._keep, args=(done, lease), name="kka-lease", daemon=True)
@@ -107,10 +121,33 @@ def start() -> Any:
 
 def open_store(uri: str) -> Store:
     """The store at `uri`, with leases where this process's job has a ledger."""
-    if not ray.is_initialized():
+    ledger = _ledger()
+    if ledger is None:
         return Store(uri)
+
+    def call(method: str, *arguments: str) -> Any:
+        return ray.get(getattr(ledger, method).remote(*arguments))
+
+    return Store(uri, leases=Leases(call, actor=ray.get_runtime_context().get_actor_id() or ""))
+
+
+def waited(actor: Any) -> float:
+    """Seconds since an actor waited for a lease; infinite for one that never did, and where nobody can tell."""
+    ledger = _ledger()
+    if ledger is None:
+        return math.inf
     try:
-        actor = ray.get_actor(_NAME)
+        return float(ray.get(ledger.waited.remote(actor._actor_id.hex()), timeout=BEAT))
+    except RayError as error:
+        log.warning("the ledger of leases does not say who waits: %s", str(error).splitlines()[0])
+        return math.inf
+
+
+def _ledger() -> Any:
+    """The job's ledger; None where it has none."""
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.get_actor(_NAME)
     except ValueError:
-        return Store(uri)
-    return Store(uri, leases=Leases(lambda method, *arguments: ray.get(getattr(actor, method).remote(*arguments))))
+        return None

@@ -22,6 +22,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
+from kka_ray.cluster.leases import waited
 from kka_ray.cluster.placement import ask, may_grow, release, reserve, seats
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
@@ -75,7 +76,7 @@ class _Worker:
     loading: Any
     """Reference of the call that loads its engine; None once it is ready."""
     since: float
-    """When it began to load, or began with the chunk in front."""
+    """When it began to load, or began with the chunk in front; later where that had to wait for a lease first."""
     items: deque[_Item] = field(default_factory=deque)
     """In the order in which it does them."""
     ended: str = ""
@@ -292,11 +293,14 @@ class Pool:
 
     def _end_hung(self) -> None:
         """Kills workers that take too long over a chunk; what becomes of it is seen when their death is."""
-        now = time.monotonic()
+        now, limit = time.monotonic(), self.config.chunk_timeout
         for worker in self._workers:
-            if worker.items and not worker.ended and now - worker.since > self.config.chunk_timeout:
-                worker.ended = f"not done within {self.config.chunk_timeout:g} s"
-                ray.kill(worker.actor)
+            if worker.items and not worker.ended and now - worker.since > limit:
+                # Another trial may have been making the chunk; if that one hangs, its own pool ends it.
+                worker.since = max(worker.since, time.monotonic() - waited(worker.actor))
+                if now - worker.since > limit:
+                    worker.ended = f"not done within {limit:g} s"
+                    ray.kill(worker.actor)
         if any(worker.loading is None for worker in self._workers):
             self._idle_since = now
         elif self._workers and self._waiting and now - self._idle_since > self.config.start_timeout:

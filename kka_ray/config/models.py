@@ -697,7 +697,9 @@ class ClusterConfig(Strict):
     start_timeout: float = Field(
         1800, gt=0, description="seconds that a pool may be without a worker that is ready, or a job without its places"
     )
-    chunk_timeout: float = Field(900, gt=0, description="seconds after which a chunk counts as hung")
+    chunk_timeout: float = Field(
+        900, gt=0, description="seconds of work after which a chunk counts as hung; waiting for another trial is none"
+    )
     chunk_attempts: int = Field(
         2, ge=1, description="times that a chunk may fail before the rows at fault are looked for"
     )

@@ -8,16 +8,18 @@ from typing import Any
 
 import ray
 
+from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Pool, Task
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import ConfigError
 
 
 class FakeWorker:
-    """A row is (id, what happens): `ok`, `slow`, `crash`, `hang`, `nan`, `break` or `mistake`.
+    """A row is (id, what happens): `ok`, `slow`, `crash`, `hang`, `nan`, `break`, `mistake` or `lease`.
 
-    With ` once` behind it, it happens once and leaves a mark in `folder`. After `break` the worker fails whatever it is
-    given. Rows of a `crowd` fail when they are more than two. The result is each row's id and its failure, if any.
+    A `lease` is waited for, on an output of its id in stage `fakes`. With ` once` behind it, what happens does so once
+    and leaves a mark in `folder`. After `break` the worker fails whatever it is given. Rows of a `crowd` fail when they
+    are more than two. The result is each row's id and its failure, if any.
     """
 
     def __init__(self, folder: str = "", start: str = "ok") -> None:
@@ -55,6 +57,9 @@ class FakeWorker:
                 raise FloatingPointError("not finite")
             if what == "mistake":
                 raise ConfigError("a user's mistake")
+            if what == "lease":
+                with open_store(self.folder).lease("fakes", id_):
+                    pass
         if len(task.rows) > 2 and {what for _, what in task.rows} == {"crowd"}:
             raise MemoryError("too many at once")
         return {id_: task.failed.get(id_, "") for id_, _ in task.rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -59,6 +60,17 @@ def test_a_lease_runs_out_without_beats_and_lasts_with_them() -> None:
     assert not ledger.acquire("dpo", "k", "a"), "what ran out is not taken back"
     ledger.release("dpo", "k", "a")
     assert not ledger.acquire("dpo", "k", "c")
+
+
+def test_the_ledger_knows_how_long_ago_an_actor_waited() -> None:
+    clock = Clock()
+    ledger = Ledger(clock=clock)
+    assert ledger.acquire("render", "k", "a", "first")
+    clock.now = 5
+    assert not ledger.acquire("render", "k", "b", "second")
+    assert not ledger.acquire("render", "k", "c")
+    clock.now = 7
+    assert [ledger.waited(actor) for actor in ("first", "second")] == [math.inf, 2]
 
 
 def test_a_holder_beats_for_as_long_as_it_holds() -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray
 from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
+from kka_ray.cluster import leases
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.errors import ConfigError, ResourceError, StageError
 from tests.cluster import fakes
@@ -91,6 +92,28 @@ def test_workers_that_only_fail_end_the_run(make: Any) -> None:
     pool = make(start="broken", max_restarts=0, chunk_attempts=1)
     with pytest.raises(StageError, match=r"2 workers in succession failed 3 times .*RuntimeError: the engine is dead"):
         work(pool, *[fakes.rows("ok", "ok", "ok", "ok") for _ in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("behind", "reason"), [("ok", ""), pytest.param("hang", "not done within 1 s", marks=pytest.mark.slow)]
+)
+def test_waiting_for_a_lease_is_no_work_and_hanging_after_it_is_found(
+    make: Any, tmp_path: Path, behind: str, reason: str
+) -> None:
+    ledger = leases.start()
+    ray.get(ledger.__ray_ready__.remote())
+    pool = make(tmp_path, chunk_attempts=1, chunk_timeout=1)
+    with leases.open_store(str(tmp_path)).lease("fakes", "0-lease"):
+        pool.submit(0, fakes.rows("lease", behind))
+        started, first = None, pool._workers[0].actor
+        while started is None or time.monotonic() - started < 3:
+            ray.wait(pool.references, timeout=0.1)
+            assert pool.collect() == []
+            started = started or (time.monotonic() if pool._workers[0].items else None)
+        assert pool._workers[0].actor is first
+    assert [result for _, _, result in drain([pool], poll=0.1)] == [{"0-lease": "", f"1-{behind}": reason}]
+    assert (pool._workers[0].actor is first) == (behind == "ok")
+    del ledger
 
 
 @pytest.mark.slow
