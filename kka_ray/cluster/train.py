@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.exceptions import RayActorError, RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -54,8 +54,8 @@ def run(
     CPU is not to hold a GPU.
 
     The function writes what it makes into the store. A worker that dies has the job started again, up to
-    `cluster.max_restarts` times; an error of ours is passed on as it is. Each job has a name of its own: one
-    used before would load the old job's state. Raises NotFreeError if the workers get no places within
+    `cluster.max_restarts` times; an error of ours ends it at once and is passed on as it is. Each job has a name of its
+    own: one used before would load the old job's state. Raises NotFreeError if the workers get no places within
     `cluster.start_timeout`, rounded up to the times that Ray Train waits at once (60 s). `ahead` is this job, if it was
     started before.
     """
@@ -82,6 +82,7 @@ def run(
                     failure_config=FailureConfig(
                         max_failures=cluster.max_restarts, controller_failure_limit=_waits(cluster) - 1
                     ),
+                    callbacks=[_EndsAtOnce()],
                     worker_runtime_env=runtime_env(cluster.train_runtime_env),
                 ),
             )
@@ -116,6 +117,15 @@ class _Trainer(TorchTrainer):
         if self._controller is not None:
             with suppress(RayError):  # the controller ends itself by this call
                 ray.get(self._controller.abort.remote(), timeout=_CANCEL_SECONDS)
+
+
+class _EndsAtOnce(UserCallback):
+    """Ends a job by an error of ours: Ray Train would start it again for any error, which mends none of these."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        ours = _ours(worker_exceptions)
+        if ours:
+            raise ours  # unlike a worker's own error, one of a callback is not tried again
 
 
 class Ahead:
@@ -213,12 +223,16 @@ def _unattended(error: Exception) -> bool:
     return isinstance(_of_controller(error), RayActorError)
 
 
+def _ours(failures: Mapping[int, Exception]) -> KkaError | None:
+    """An error of ours among those of the workers."""
+    causes = (getattr(failure, "cause", failure) for failure in failures.values())
+    return next((cause for cause in causes if isinstance(cause, KkaError)), None)
+
+
 def _reason(name: str, error: Exception) -> KkaError:
-    failures = getattr(error, "worker_failures", {}) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KkaError):
-            return cause
+    of_controller = _of_controller(error)
+    if isinstance(of_controller, KkaError):
+        return of_controller
     return StageError(f"the Ray Train job {name} failed: {error}")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig, PreferenceConfig
-from kka_ray.errors import ResourceError
+from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.store import Store
 from tests.cluster import dpo_jobs
 from tests.integration.failing_jobs import mistake
@@ -36,6 +36,24 @@ def test_a_job_that_gets_no_places_says_what_it_waited_for(monkeypatch: pytest.M
 def test_a_job_waits_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     assert [train._waits(ClusterConfig(start_timeout=seconds)) for seconds in (1, 60, 61, 1800)] == [1, 1, 2, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_is_started_again_after_a_crash_and_not_after_a_mistake(tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        if train.rank()[0] > 0:
+            time.sleep(600)  # as one that waits for the first
+        attempt = len(list(folder.iterdir()))
+        (folder / str(attempt)).touch()
+        if attempt == 0:
+            os._exit(1)
+        raise ConfigError("a user's mistake")
+
+    cluster = ClusterConfig(train_cpus=0.5, max_restarts=3)
+    with pytest.raises(ConfigError, match="^a user's mistake$"):
+        train.run("x", lambda arguments: work(arguments["folder"]), {"folder": tmp_path}, 2, cluster)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1"]
 
 
 @pytest.mark.slow
