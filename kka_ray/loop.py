@@ -123,6 +123,7 @@ class Loop:
             config.describe.guard, prepared.data.normal_terms, prepared.normals.train.captions, self.encoder
         )
         self.streamer = Streamer(config, store, prepared, self.guard, pools)
+        self._pools = pools
         self._starts_ahead = ahead and config.cluster.mode == "disjoint"
         self._ahead: train.Ahead | None = None
         self.budget = budget(config.loop, prepared.count)
@@ -190,6 +191,7 @@ class Loop:
         config = self.config
         if not self._starts_ahead:
             return
+        self._pools.let_dpo_in()
         if number < config.loop.rounds:
             modules, workers = ["kka_ray.preference.dpo"], config.preference.workers
             self._ahead = train.Ahead("dpo", train.dpo_worker, workers, config.cluster, imports=modules)
@@ -373,6 +375,7 @@ class Loop:
                     "cluster": self.config.cluster,
                 }
                 self.streamer.rest_samplers()
+                self._pools.let_dpo_in()
                 workers = self.config.preference.workers
                 train.run("dpo", train.dpo_worker, arguments, workers, self.config.cluster, ahead=self.take_ahead())
         return self.store.reported("dpo", key)

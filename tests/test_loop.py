@@ -5,11 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kka_ray import assets
+from kka_ray.cluster import train
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config.models import FlowersData, LoopConfig, RunConfig
 from kka_ray.errors import StageError
 from kka_ray.loop import Loop, LoopResult, budget, check_drawn
-from kka_ray.records import Description, Prompt, Rendering, Verdict
+from kka_ray.preference import dpo
+from kka_ray.records import Description, PreferencePair, Prompt, Rendering, Verdict
 from kka_ray.store import Store
 
 
@@ -110,3 +113,28 @@ def test_the_perplexity_of_lines_is_that_after_the_prompts_as_they_are_now(tmp_p
     assert perplexity("Flowers:") == first
     assert perplexity("Describe flowers:") > first
     assert scored == [["Flowers:"] * 2, ["Describe flowers:"] * 2]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_places_that_were_kept_for_dpo_are_given_up_before_it_starts(
+    ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    loop: Any = Loop.__new__(Loop)
+    loop.config, loop.store = RunConfig(name="x", data=FlowersData(kind="flowers")), Store(str(tmp_path))
+    loop.progress, loop._starts_ahead, loop._ahead = lambda *_: None, ahead, None
+    loop.streamer = SimpleNamespace(rest_samplers=lambda: None)
+    loop._pools = SimpleNamespace(let_dpo_in=lambda: done.append("given up"))
+
+    def run(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
+        done.append("started")
+        loop.store.get_or_make("dpo", dpo.VERSION, arguments["inputs"], lambda attempt: None)
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "Ahead", lambda *_, **__: done.append("started"))
+    monkeypatch.setattr(assets, "resolve", lambda model: SimpleNamespace(identity=model))
+    if ahead:
+        loop._start_ahead(0)
+    else:
+        loop._train([PreferencePair("p", "a", "b", "prompt", "chosen", "rejected")], None, 1)
+    assert done == ["given up", "started"]

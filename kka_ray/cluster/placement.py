@@ -9,6 +9,7 @@ import ray
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kka_ray.cluster.session import nodes
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import NotFreeError
 
@@ -18,19 +19,60 @@ def reserve(name: str, pool: PoolConfig, cluster: ClusterConfig) -> Any:
 
     Raises NotFreeError if the places are not free within `cluster.start_timeout`.
     """
-    group = ask(name, pool, pool.workers)
-    if group is not None and not group.wait(cluster.start_timeout):
-        remove_placement_group(group)
-        raise not_free(name, pool.workers, pool.cpus, pool.gpus, cluster)
-    return group
+    return _had(ask(name, pool, pool.workers), name, pool, cluster)
 
 
 def ask(name: str, pool: PoolConfig, workers: int) -> Any:
     """As `reserve`, for so many workers and without waiting: who starts in the group waits until it has its places."""
     if not pool.gpus or get_current_placement_group() is not None:
         return None
-    bundle = {"CPU": pool.cpus, "GPU": pool.gpus} if pool.cpus else {"GPU": pool.gpus}
-    return placement_group([bundle] * workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
+    return _group(name, pool, workers)
+
+
+class Kept:
+    """Places for the workers of a Train job, kept free from before the pools take theirs until the job starts.
+
+    Ray puts small workers where most is left: a sampler on one node and a renderer on another, so that neither node has
+    room for a large worker, although the plan found some.
+    """
+
+    def __init__(self, name: str, size: PoolConfig, cluster: ClusterConfig) -> None:
+        self.name, self.size, self._cluster = name, size, cluster
+        self._group: Any = None
+        self._over = False
+
+    def open(self) -> None:
+        """Takes the places, unless they were given up before. Raises NotFreeError as `reserve` does.
+
+        None are taken on a single node, where it is no matter who lies where, and within a trial, whose own places Ray
+        Tune has taken already.
+        """
+        alone = len(nodes()) == 1 or get_current_placement_group() is not None
+        if self._group is None and not self._over and not alone and _bundle(self.size):
+            group = _group(self.name.replace(" ", "-"), self.size, self.size.workers)
+            self._group = _had(group, self.name, self.size, self._cluster)
+
+    def free(self) -> None:
+        """Gives the places up for good."""
+        release(self._group)
+        self._group, self._over = None, True
+
+
+def _bundle(size: PoolConfig) -> dict[str, float]:
+    """What a worker takes, as Ray wants it: without what it takes nothing of."""
+    return {kind: amount for kind, amount in (("CPU", size.cpus), ("GPU", size.gpus)) if amount}
+
+
+def _group(name: str, size: PoolConfig, workers: int) -> Any:
+    return placement_group([_bundle(size)] * workers, strategy="PACK", name=f"kka-{name}-{uuid.uuid4().hex[:8]}")
+
+
+def _had(group: Any, name: str, size: PoolConfig, cluster: ClusterConfig) -> Any:
+    """The group once it has its places."""
+    if group is not None and not group.wait(cluster.start_timeout):
+        remove_placement_group(group)
+        raise not_free(name, size.workers, size.cpus, size.gpus, cluster)
+    return group
 
 
 def bundles(cluster: ClusterConfig) -> list[tuple[str, dict[str, float]]]:
@@ -38,7 +80,7 @@ def bundles(cluster: ClusterConfig) -> list[tuple[str, dict[str, float]]]:
     workers that take nothing there is none."""
     found = []
     for name, pool in (("samplers", cluster.samplers), ("renderers", cluster.renderers)):
-        taken = {kind: amount for kind, amount in (("CPU", pool.cpus), ("GPU", pool.gpus)) if amount}
+        taken = _bundle(pool)
         found += [(name, taken)] * pool.workers if taken else []
     return found
 

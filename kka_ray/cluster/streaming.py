@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 
 from kka_ray import assets, versions
 from kka_ray.cluster.budget import BudgetError, ErrorBudget
+from kka_ray.cluster.placement import Kept
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.cluster.workers import (
     RenderTask,
@@ -90,22 +92,41 @@ class Pools:
             cluster.renderers,
             cluster,
         )
+        size = PoolConfig(workers=config.preference.workers, cpus=cluster.train_cpus, gpus=cluster.train_gpus)
+        self._dpo = Kept("DPO workers", size, cluster)
+        if not config.loop.rounds:
+            self._dpo.free()
 
     def open(self) -> None:
         """Starts the actors of both, where both have a place: the larger first, as the plan has it.
 
-        Ray puts a small worker where most is left: on the only node that has room for a large one, if there is one.
+        Ray puts a small worker where most is left: on the only node that has room for a large one, if there is one. So
+        the places of the DPO workers are kept as well, in their turn. Raises NotFreeError if places are not free.
         """
-        if not self.turns:
-            for pool in sorted((self.renderers, self.samplers), key=lambda p: (p.size.gpus, p.size.cpus), reverse=True):
-                pool.open()
+        if self.turns:
+            return
+        parts: list[Pool | Kept] = [self.renderers, self.samplers, self._dpo]
+        placed = True
+        for part in sorted(parts, key=_takes, reverse=True):
+            # A pool without GPUs is not waited for: places that are kept now might be the only ones for its workers.
+            if part is not self._dpo or placed:
+                part.open()
+            placed = placed and part.size.gpus > 0
+
+    def let_dpo_in(self) -> None:
+        """Gives up the places that were kept for the DPO workers, for they start."""
+        self._dpo.free()
 
     def close(self) -> None:
-        """Ends the actors of both pools, of the second even if the first cannot be ended."""
-        try:
-            self.samplers.stop()
-        finally:
-            self.renderers.stop()
+        """Ends the actors of both pools and gives up the places for DPO, even if some of that fails."""
+        with ExitStack() as stack:
+            for end in (self._dpo.free, self.renderers.stop, self.samplers.stop):
+                stack.callback(end)
+
+
+def _takes(part: Pool | Kept) -> tuple[float, float]:
+    """How much a worker takes: GPUs, then CPUs."""
+    return part.size.gpus, part.size.cpus
 
 
 def sampler_libraries(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -11,10 +12,12 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from kka_ray.cluster.placement import bundles
+from kka_ray.cluster import streaming
+from kka_ray.cluster.placement import bundles, release
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.cluster.session import nodes, session
+from kka_ray.cluster.streaming import Pools
 from kka_ray.cluster.workers import start
 from kka_ray.config.models import ClusterConfig, FlowersData, PoolConfig, RunConfig
 from kka_ray.errors import ResourceError, StageError
@@ -138,6 +141,74 @@ def test_a_plan_is_placed_on_the_nodes(cluster: Cluster) -> None:
     places = make_plan(config).place(nodes())
     assert sum(places["describe, render and prefer", "samplers"].values()) == 2
     assert len(places["describe, render and prefer", "DPO workers"]) == 1
+
+
+@pytest.fixture
+def pools_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pools]:
+    """The pools of a run with these settings of the cluster; their workers are fakes."""
+
+    def made(**cluster: Any) -> Pools:
+        config = RunConfig(name="x", data=FlowersData(kind="flowers"), cluster=ClusterConfig(**cluster))
+        make_plan(config).check(nodes())
+        return Pools(config, "store")
+
+    def begin(cls: type, size: PoolConfig, device: str, seat: Any, *_: Any) -> Any:
+        return start(fakes.Placed, size, device, seat)
+
+    monkeypatch.setattr(streaming, "start", begin)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("each", "dpo"),
+    [
+        (PoolConfig(gpus=1, cpus=0), {"GPU": 2.0, "CPU": 0.5}),
+        (PoolConfig(cpus=0.5), {"CPU": 2.0}),
+    ],
+)
+def test_dpo_workers_find_room_beside_smaller_workers(
+    cluster: Cluster, pools_of: Callable[..., Pools], each: PoolConfig, dpo: dict[str, float]
+) -> None:
+    """Ray would put the sampler and the renderer on two nodes, and leave none with enough."""
+    pools = pools_of(samplers=each, renderers=each, train_cpus=dpo["CPU"], train_gpus=dpo.get("GPU", 0))
+    job = None
+    try:
+        pools.open()
+        ray.get([worker.loading for pool in (pools.samplers, pools.renderers) for worker in pool._workers], timeout=60)
+        pools.let_dpo_in()
+        pools.open()  # once more, as a loop does: they are not kept again
+        job = placement_group([dpo])  # as Ray Train asks for them
+        assert job.wait(30)
+    finally:
+        release(job)
+        pools.close()
+    assert_nothing_is_left()
+
+
+def test_a_run_whose_dpo_workers_find_no_places_ends_before_its_pools_start(
+    cluster: Cluster, pools_of: Callable[..., Pools]
+) -> None:
+    others = placement_group([{"GPU": 1.0}] * 2, strategy="STRICT_SPREAD")
+    assert others.wait(30)
+    pools = pools_of(train_gpus=2, train_cpus=0, start_timeout=2)
+    try:
+        with pytest.raises(ResourceError, match=r"DPO workers: 1 x \(0 CPU, 2 GPU\) were not free within 2 s"):
+            pools.open()
+        assert pools.samplers._workers == []
+    finally:
+        release(others)
+        pools.close()
+    assert_nothing_is_left()
+
+
+def test_places_that_dpo_never_took_are_given_back(cluster: Cluster, pools_of: Callable[..., Pools]) -> None:
+    pools = pools_of(train_gpus=2, train_cpus=0)
+    try:
+        pools.open()
+        wait_for(lambda: ray.available_resources().get("GPU") == 2, lambda: f"free: {ray.available_resources()}")
+    finally:
+        pools.close()
+    assert_nothing_is_left()
 
 
 def test_a_pool_goes_on_without_a_lost_node(cluster: Cluster) -> None:

@@ -39,30 +39,37 @@ class _Pool:
 
 def test_every_pool_is_stopped_even_if_another_cannot_be() -> None:
     pools = _Pool(ConnectionError("the cluster is gone")), _Pool()
+    freed: list[bool] = []
+    kept = SimpleNamespace(free=lambda: freed.append(True))
     with pytest.raises(ConnectionError, match="the cluster is gone"):
-        Pools.close(SimpleNamespace(samplers=pools[0], renderers=pools[1]))  # type: ignore[arg-type]
+        Pools.close(SimpleNamespace(samplers=pools[0], renderers=pools[1], _dpo=kept))  # type: ignore[arg-type]
     assert [pool.stopped for pool in pools] == [1, 1]
+    assert freed == [True]
 
 
 @pytest.mark.parametrize(
-    ("samplers", "renderers", "first"),
+    ("cluster", "rounds", "order"),
     [
-        ({"gpus": 2}, {"gpus": 1}, "samplers"),
-        ({"gpus": 1, "cpus": 4}, {"gpus": 1}, "samplers"),
-        ({"cpus": 4}, {"gpus": 0.5}, "renderers"),
-        ({}, {}, "renderers"),
+        ({"samplers": {"gpus": 2}, "renderers": {"gpus": 1}}, 0, ["samplers", "renderers"]),
+        ({"samplers": {"gpus": 1, "cpus": 4}, "renderers": {"gpus": 1}}, 0, ["samplers", "renderers"]),
+        ({"samplers": {"cpus": 4}, "renderers": {"gpus": 0.5}}, 0, ["renderers", "samplers"]),
+        ({}, 0, ["renderers", "samplers"]),
+        ({"train_cpus": 2}, 1, ["DPO workers", "renderers", "samplers"]),
+        ({"samplers": {"gpus": 2}, "train_gpus": 1}, 1, ["samplers", "DPO workers", "renderers"]),
+        ({"samplers": {"cpus": 4}, "train_cpus": 2}, 1, ["samplers", "renderers"]),
+        ({"mode": "colocated", "train_gpus": 1}, 1, []),
     ],
 )
-def test_the_pool_with_the_larger_workers_gets_its_places_first(
-    samplers: dict[str, float], renderers: dict[str, float], first: str, monkeypatch: pytest.MonkeyPatch
+def test_the_larger_workers_get_their_places_first(
+    cluster: dict[str, Any], rounds: int, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A renderer of one GPU would start on the node with two, and a sampler of two would have none."""
-    values = {"name": "x", "data": {"kind": "flowers"}, "cluster": {"samplers": samplers, "renderers": renderers}}
+    values = {"name": "x", "data": {"kind": "flowers"}, "loop": {"rounds": rounds}, "cluster": cluster}
     opened: list[str] = []
     monkeypatch.setattr(streaming.Pool, "open", lambda pool: opened.append(pool.name))
+    monkeypatch.setattr(streaming.Kept, "open", lambda kept: kept._over or opened.append(kept.name))
     Pools(RunConfig.model_validate(values), "store").open()
-    assert sorted(opened) == ["renderers", "samplers"]
-    assert opened[0] == first
+    assert opened == order
 
 
 def test_an_engine_that_ray_installs_for_the_samplers_need_not_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
