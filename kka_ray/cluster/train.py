@@ -89,9 +89,6 @@ def run(
             try:
                 trainer.fit()
                 return
-            except KeyboardInterrupt:
-                trainer.abort()
-                raise
             except (TrainingFailedError, RayActorError) as error:
                 if isinstance(_of_controller(error), WorkerGroupStartupTimeoutError):
                     raise not_free(f"the job {name}", workers, cluster.train_cpus, each, cluster) from error
@@ -112,11 +109,17 @@ class _Trainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
 
-    def abort(self) -> None:
-        """Ends the job's workers."""
-        if self._controller is not None:
-            with suppress(RayError):  # the controller ends itself by this call
-                ray.get(self._controller.abort.remote(), timeout=_CANCEL_SECONDS)
+    def fit(self) -> ray.train.Result:
+        """Runs the job; Ctrl-C ends its workers and is raised."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                with suppress(RayError):  # the controller ends itself by this call
+                    ray.get(self._controller.abort.remote(), timeout=_CANCEL_SECONDS)
+            raise
+        finally:
+            self._controller = None  # whoever keeps an error of the job would keep the controller's process with it
 
 
 class _EndsAtOnce(UserCallback):

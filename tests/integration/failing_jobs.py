@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def mistake(arguments: dict[str, Any]) -> None:
 
 
 def die(arguments: dict[str, Any]) -> None:
-    """Ends the process."""
+    """Ends the process, once Ray Train has seen it start: of a group that it has not, it forgets the places."""
+    time.sleep(1)
     os._exit(1)
 
 
@@ -24,4 +26,4 @@ def die_once(arguments: dict[str, Any]) -> None:
     mark = Path(arguments["mark"])
     if not mark.exists():
         mark.touch()
-        os._exit(1)
+        die(arguments)
