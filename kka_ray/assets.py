@@ -222,10 +222,8 @@ def weights(folder: Path) -> list[Path]:
         halves = variant(names) is not None
         return [folder / name for name in names if "/" in name and (halves or ".fp16." not in name)]
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]  # as transformers does where both are there
     if not index.is_file():
-        return []
+        return [single] if single.is_file() else []
     try:
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

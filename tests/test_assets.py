@@ -2,9 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from kka_ray import assets
 
@@ -91,19 +89,3 @@ def test_a_pipeline_in_the_cache_is_had_where_the_hub_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
     assert assets._hub_snapshot("org/name", local_only=False) == tmp_path
-
-
-def test_one_file_of_weights_counts_before_an_index_as_it_does_for_transformers(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    configuration = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8)
-    GPT2LMHeadModel(configuration).save_pretrained(tmp_path, max_shard_size="4KB")
-    shards = assets.weights(tmp_path)
-    assert len(shards) > 1
-    whole = GPT2LMHeadModel(configuration)
-    whole.save_pretrained(tmp_path / "whole")
-    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    assert assets.weights(tmp_path) == [tmp_path / "model.safetensors"]
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded.transformer.wte.weight, whole.transformer.wte.weight)
-    (tmp_path / "model.safetensors").unlink()
-    assert assets.weights(tmp_path) == shards
