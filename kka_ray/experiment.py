@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, RunCo
 from kka_ray.data.decode import encode_png
 from kka_ray.detectors import outside
 from kka_ray.detectors.tuned import Scores, TunedDetector
-from kka_ray.errors import ConfigError, DataError, ResourceError
+from kka_ray.errors import ConfigError, DataError, KkaError, ResourceError
 from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics, review, unseen_drawn_normals
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -91,11 +91,15 @@ def _run(
     started = time.perf_counter()
     _check_libraries(config)
     check_outside(config, 1)
+    new = not (place.here / "config.yaml").is_file()
     hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
     tracking.check(config)
     with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads), ExitStack() as stack:
+        unbegun = stack.enter_context(ExitStack())
+        if new:
+            unbegun.push(lambda _, error, __: disclaim(place) if isinstance(error, KkaError) else None)
         make_plan(config).check(nodes())
         with closing(Pools(config, store.uri)) as pools:
             pools.open()  # their models are loaded while the normals are read
@@ -106,6 +110,7 @@ def _run(
                 say(warning)
             loop = stack.enter_context(closing(Loop(config, store, prepared, progress, pools, ahead=True)))
             check_outside(config, loop.budget)
+            unbegun.pop_all()
             result = loop.run()
         evaluation = evaluate(config, store, prepared, result, progress, loop.take_ahead)
         tuned = headline_detector(config, store, prepared, evaluation)
@@ -162,6 +167,14 @@ def claim(place: Place, config: RunConfig, hash_: str) -> str:
         place.remove("references.json")
     place.keep("config.yaml")  # last: without it the hash counts for nothing
     return hash_
+
+
+def disclaim(place: Place) -> None:
+    """Undoes `claim` for a run that ended before a line was written: with a setting mended, its name is free."""
+    for file in ("config.yaml", "config_hash"):
+        place.remove(file)
+    with suppress(OSError):  # something else lies there
+        place.here.rmdir()
 
 
 @contextmanager

@@ -295,6 +295,26 @@ def test_too_few_outside_images_end_a_run_before_a_line_is_written(
         experiment.run(config, lambda *_: None, pytest.fail)
 
 
+def test_the_name_of_a_run_that_wrote_no_line_is_free_for_it_when_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_images(config: RunConfig, _: Store) -> None:
+        raise DataError(f"seed {config.seed}")
+
+    for name in ("make_plan", "session", "nodes", "Pools"):
+        monkeypatch.setattr(experiment, name, Anything())
+    monkeypatch.setattr(experiment, "prepare", no_images)
+    there = {"output": str(tmp_path / "runs"), "store": {"uri": str(tmp_path / "store")}}
+    for seed in (0, 1):
+        with pytest.raises(DataError, match=f"seed {seed}"):
+            experiment.run(run_config(seed=seed, **there), lambda *_: None, pytest.fail)
+    assert not (tmp_path / "runs" / "x").exists()
+    claim(at(tmp_path / "runs" / "x"), run_config(seed=2), "begun")  # and then interrupted
+    with pytest.raises(DataError, match="seed 2"):
+        experiment.run(run_config(seed=2, **there), lambda *_: None, pytest.fail)
+    assert (tmp_path / "runs" / "x" / "config.yaml").is_file()
+
+
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="run `kka setup`")
 def test_a_renderer_is_checked_against_the_normals_at_its_own_image_size(tmp_path: Path) -> None:
     trained = tmp_path / "trained"  # as `kka renderer train` leaves it
