@@ -270,7 +270,7 @@ class ConfusionConfig(Strict):
         True, description="the drawn normal captions count as normals: half of them in training, half in validation"
     )
     rule: Literal["band", "paper"] = Field(
-        "band", description="paper: hard <= max of the normals + 0, easy = the worst"
+        "band", description="paper: hard up to the worst validation normal, easy the `paper_easy` largest scores"
     )
     lower_quantile: float = Field(0.95, ge=0, le=1, description="of validation normals: closer is normal-like")
     lower: float = Field(
@@ -303,7 +303,7 @@ class PreferenceConfig(Strict):
     reference: Literal["base", "previous"] = "base"
     rejected: tuple[Literal["easy", "normal_like", "guarded"], ...] = Field(
         ("easy",),
-        description="what a hard line is preferred to: easy ones, drawn normals, lines that the guard refused",
+        description="what a hard line is preferred to: lines of easy or normal-like images, lines refused by the guard",
     )
     min_pairs: int = Field(8, ge=1, description="with fewer the round is stalled and DPO is left out")
     max_pairs: int = Field(256, ge=1)
@@ -667,7 +667,7 @@ class PoolConfig(Strict):
 class ClusterConfig(Strict):
     """The Ray cluster and the shares of it."""
 
-    address: str | None = Field(None, description="None starts a local cluster; auto or ray://HOST:PORT joins one")
+    address: str | None = Field(None, description="null starts a local cluster; auto or ray://HOST:PORT joins one")
     allow_unauthenticated: bool = Field(
         False, description="join the cluster at `address` even if it asks for no token and runs anybody's code"
     )
@@ -720,7 +720,7 @@ class ClusterConfig(Strict):
 class TrackingConfig(Strict):
     """Where MLflow keeps the results."""
 
-    uri: str | None = Field(None, description="None: a SQLite file beside the runs, for one machine only")
+    uri: str | None = Field(None, description="null: a SQLite file beside the runs, for one machine only")
     experiment: str = "kka"
 
 
