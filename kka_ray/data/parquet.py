@@ -20,7 +20,8 @@ def shards(folder: str | Path, split: str) -> list[Path]:
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))
     if not files:
         what = "has no" if Path(folder).is_dir() else "is not a folder and so has no"
-        raise DataError(f"{folder} {what} {split}-*.parquet; set data.path to a folder that `kka import` made")
+        remedy = "name a folder that `kka import` made, in a run as data.path"
+        raise DataError(f"{folder} {what} {split}-*.parquet; {remedy}")
     return files
 
 

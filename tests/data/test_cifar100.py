@@ -96,7 +96,7 @@ def test_missing_files_are_named(folder, tmp_path):
     data = open_data(config(folder), 0)
     data.normals()
     for wanted in (data.test, data.look_for_test):
-        with pytest.raises(DataError, match=r"has no test-\*\.parquet; set data\.path"):
+        with pytest.raises(DataError, match=r"has no test-\*\.parquet; name a folder .* in a run as data\.path"):
             wanted()
     with pytest.raises(DataError, match=r"nowhere is not a folder.*train-\*\.parquet"):
         open_data(config(tmp_path / "nowhere"), 0).normals()
