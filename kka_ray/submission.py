@@ -266,8 +266,9 @@ def _version_status(address: str, headers: Mapping[str, str]) -> int:
         return requests.get(url, headers=dict(headers), timeout=20, allow_redirects=False).status_code
     except requests.RequestException as error:
         raise ResourceError(
-            f"cannot reach a Ray dashboard at {address}: {type(error).__name__}. Is the cluster up (`ray start "
-            "--head`), and its port forwarded (`kubectl port-forward svc/NAME-head-svc 8265`)?"
+            f"cannot reach a Ray dashboard at {address}: {type(error).__name__}. Is the cluster up "
+            "(`RAY_AUTH_MODE=token ray start --head`), and its port "
+            "forwarded (`kubectl port-forward svc/NAME-head-svc 8265`)?"
         ) from error
 
 

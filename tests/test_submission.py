@@ -374,7 +374,7 @@ def test_who_sends_us_elsewhere_gets_no_token(
 def test_what_is_no_dashboard_is_said_so(console: Console) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        with pytest.raises(ResourceError, match="cannot reach"):
+        with pytest.raises(ResourceError, match=r"cannot reach.*`RAY_AUTH_MODE=token ray start --head`"):
             authenticate(f"http://127.0.0.1:{unused.getsockname()[1]}", console, allow_unauthenticated=True)
     with pytest.raises(ConfigError, match="must look like"):
         authenticate("127.0.0.1:8265", console, allow_unauthenticated=True)
