@@ -465,6 +465,8 @@ def test_the_manifests_ask_for_a_token_and_hold_none(name: str) -> None:
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for container in [g["template"]["spec"]["containers"][0] for g in groups]:
         assert container["resources"]["limits"]["memory"]
+        # A pod that asks for a GPU waits for ever where there is none, and neither the demo nor the service takes one.
+        assert set(container["resources"]["limits"]) == {"cpu", "memory"} == set(container["resources"]["requests"])
         assert [m["name"] for m in container["volumeMounts"]] == ["runs"]
         assert not any("TOKEN" in e["name"] and "value" in e for e in container.get("env", []))
     if name == "rayjob":
