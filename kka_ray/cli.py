@@ -38,6 +38,7 @@ Override = Annotated[
 ]
 RunFolder = Annotated[str, typer.Argument(help="the run's folder, as runs/demo; or a URI")]
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/")]
+TrainingFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/renderer/")]
 EngineOption = Annotated[Engine, typer.Option(help="what runs the backbone: torch, or ONNX Runtime on the CPU")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ray's and the workers' own logs")]
 
@@ -322,7 +323,7 @@ def _say(text: str) -> None:
 
 
 @renderer_app.command("train")
-def train_renderer(config: ConfigFile, override: Override = None) -> None:
+def train_renderer(config: TrainingFile, override: Override = None) -> None:
     """Trains a small text-to-image model on captioned images. The same command goes on after an interruption."""
     from kka_ray.cluster.renderer import train_renderer as launch
     from kka_ray.config.renderer import RendererConfig
@@ -334,7 +335,7 @@ def train_renderer(config: ConfigFile, override: Override = None) -> None:
 
 @renderer_app.command("finish")
 def finish_renderer(
-    config: ConfigFile,
+    config: TrainingFile,
     steps: Annotated[int, typer.Option(min=1, help="steps in which the learning rate falls")] = 500,
     override: Override = None,
 ) -> None:
