@@ -137,6 +137,13 @@ def is_present(reference: str) -> bool:
     return Path(reference).is_dir()
 
 
+def check_name(reference: str) -> None:
+    """Raises AssetError if the reference is to a built-in model and there is none of that name."""
+    kind, _, name = reference.partition(":")
+    if kind == "builtin" and name not in SHIPPED | WHEELS:
+        raise AssetError(f"there is no built-in model {name!r}; there are: {', '.join([*SHIPPED, *WHEELS])}")
+
+
 def absolute(reference: str) -> str:
     """A reference that means the same in every current folder: that of a folder made absolute."""
     return reference if reference.startswith(("builtin:", "hub:")) else absolute_path(reference)

@@ -21,8 +21,8 @@ from rich.table import Column, Table
 
 from kka_ray import assets
 from kka_ray.amounts import amount
-from kka_ray.config.models import ApiSampler, FlowersData, FolderData, RunConfig, StoreConfig
-from kka_ray.errors import DataError, StoreError
+from kka_ray.config.models import ApiSampler, FlowersData, FolderData, RenderConfig, RunConfig, StoreConfig
+from kka_ray.errors import AssetError, ConfigError, DataError, StoreError
 from kka_ray.files import absolute_path
 from kka_ray.memory import physical_memory, usable_memory
 
@@ -33,7 +33,12 @@ _CACHE_BYTES = 1_500_000_000  # a wheel, unpacked, and its conversion
 _STORE_BYTES = 500_000_000
 _STORAGE = ("fsspec", "numpy", "pyarrow")
 _IMAGES = ("numpy", "PIL")
-_OPTIONAL = {"vllm": "describes with vLLM", "bitsandbytes": "trains on a 4-bit model"}
+_OPTIONAL = {
+    "vllm": "describes with vLLM",
+    "bitsandbytes": "trains on a 4-bit model",
+    "onnx": "exports detectors (kka onnx)",
+    "onnxruntime": "scores with --engine onnx",
+}
 
 State = Literal["ok", "info", "missing", "wrong"]
 
@@ -266,7 +271,8 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
     }
     for key, reference in models.items():
         if assets.is_present(assets.absolute(reference)):
-            yield Finding(key, "ok", reference)
+            problem = _renderer_problem(config.render) if key == "render.pipeline" else ""
+            yield Finding(key, "wrong", problem, "see there") if problem else Finding(key, "ok", reference)
         else:
             yield Finding(key, "missing", reference, _model_remedy(key, reference))
     if not assets.is_present(TEXT_MODEL):
@@ -285,6 +291,19 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
         yield _images(config.data, config.seed)
     else:
         yield Finding("data.path", "ok", path)
+
+
+def _renderer_problem(config: RenderConfig) -> str:
+    """Why a pipeline that is here cannot draw as it is to, as far as its index tells; empty if it can."""
+    if not find_spec("diffusers"):
+        return ""  # is among the findings
+    from kka_ray.render.index import check_renderer
+
+    try:
+        check_renderer(config.model_copy(update={"pipeline": assets.absolute(config.pipeline)}))
+    except (AssetError, ConfigError) as error:
+        return str(error)
+    return ""
 
 
 def _images(data: FolderData, seed: int) -> Finding:

@@ -39,6 +39,7 @@ from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, extract_images, prepare
 from kka_ray.records import Description, Rendering, Verdict, to_table
+from kka_ray.render.index import check_renderer
 from kka_ray.store import Store
 
 ANOTHER_NAME = (
@@ -90,6 +91,7 @@ def _run(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     _check_libraries(config)
+    check_renderer(config.render)
     check_outside(config, 1)
     new = not (place.here / "config.yaml").is_file()
     hash_ = claim(place, config, hash_)

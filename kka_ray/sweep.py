@@ -44,6 +44,7 @@ from kka_ray.loop import Loop, LoopResult, Progress, budget
 from kka_ray.objective import Reference, make_reference, validation_auc
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, prepare
+from kka_ray.render.index import check_renderer
 from kka_ray.store import Store
 
 TRIAL_CPUS = 0.25
@@ -124,6 +125,8 @@ def _run(
     trials = tuple(replace(t, config=absolute(t.config)) for t in sweep.trials)
     # The best trial's own run is the last thing that is done, and any may be the best.
     champions = [t.config for t in trials] if sweep.config.champion_evaluation else []
+    for trial in trials:
+        check_renderer(trial.config.render)
     _check_outside(champions)
     _claim(place, sweep.config)
     store = Store(base.store.uri)

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
 from kka_ray import assets
+from kka_ray.errors import AssetError
 
 
 def test_a_relative_folder_is_made_absolute_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +114,10 @@ def test_a_model_that_another_process_installs_meanwhile_is_left_as_it_is(
     installed = assets.install("small")
     assert (installed / "weights").read_text() == "1"
     assert [file.name for file in installed.parent.iterdir()] == [installed.name]
+
+
+def test_a_built_in_model_of_another_name_is_refused_with_those_that_there_are() -> None:
+    for reference in ("builtin:natural", "builtin:minilm-l6-v2", "hub:org/natral", "natral"):
+        assets.check_name(reference)
+    with pytest.raises(AssetError, match=r"'natral'; there are: .*natural_fast"):
+        assets.check_name("builtin:natral")

@@ -36,6 +36,7 @@ def _healthy(monkeypatch, tmp_path):
     shipped = tmp_path / "flowers"
     shipped.mkdir()
     (shipped / "model.safetensors").write_bytes(b"weights")
+    (shipped / "model_index.json").write_text(json.dumps({"_class_name": "KkaFlowPipeline"}))
     monkeypatch.setattr(assets, "SHIPPED", {"flowers": shipped})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     monkeypatch.setattr(doctor, "_packages", lambda: iter(()))
@@ -184,6 +185,15 @@ def test_a_store_whose_package_is_missing_does_not_end_the_examination(monkeypat
         "cannot open the store s3://b/kka: install s3fs",
     )
     assert findings["data"].state == "ok"
+
+
+def test_a_renderer_that_cannot_do_what_is_asked_of_it_is_found(tmp_path):
+    index = {"_class_name": "KkaFlowPipeline", "distilled_steps": 3, "distilled_guidance": 2.5}
+    (tmp_path / "flowers" / "model_index.json").write_text(json.dumps(index))
+    finding = _by_name(examine(_config(render={"pipeline": "builtin:flowers", "mode": "img2img"})))["render.pipeline"]
+    assert finding.state == "wrong"
+    assert "edits no photographs" in finding.detail
+    assert finding.remedy
 
 
 def test_a_sampler_that_ray_installs_is_not_missing_here(monkeypatch):

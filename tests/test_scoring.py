@@ -99,10 +99,16 @@ def test_scores_are_those_of_the_runs_own_detector(images, run, tuned, normals, 
         assert row["verdict"] == ("anomalous" if own.anomalous[i] else "normal")
 
 
-def test_batches_of_any_size_give_the_same_scores(images, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["BATCH_PIXELS", "BATCH_IMAGES"])
+def test_batches_of_any_size_give_the_same_scores(images, run, tmp_path, monkeypatch, limit):
     _, together, _ = _score(images, run / "detector", tmp_path / "a")
-    monkeypatch.setattr(scoring, "BATCH_PIXELS", 1)
+    sizes, judge = [], scoring.judge
+    monkeypatch.setattr(
+        scoring, "judge", lambda tuned, batch, heat: (sizes.append(len(batch)), judge(tuned, batch, heat))[1]
+    )
+    monkeypatch.setattr(scoring, limit, 1)
     _, alone, _ = _score(images, run, tmp_path / "b")
+    assert set(sizes) == {1}
     assert list(alone) == list(together)
     for name, row in together.items():
         if row["status"] == "ok":

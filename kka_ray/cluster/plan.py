@@ -170,8 +170,9 @@ def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, 
 def weights_bytes(reference: str) -> int | None:
     """Bytes of the safetensors that a model is loaded from; None if it is not on this machine.
 
-    Raises AssetError if its index names a file that is not there.
+    Raises AssetError if there is no such built-in model, or a model's index names a file that is not there.
     """
+    assets.check_name(reference)
     if not assets.is_present(reference):
         return None
     folder = assets.resolve(reference).path

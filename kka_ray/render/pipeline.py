@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kka_ray import assets
 from kka_ray.features.device import compute_dtype
+from kka_ray.render.index import check_distilled
 from kka_ray.render.transformer import FlowTransformer
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class KkaFlowPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check(prompts, num_inference_steps, generator, image, strength, mask_image, (height, width))
-        self.check_distilled(num_inference_steps, guidance_scale, edits=image is not None)
+        check_distilled(self.config, num_inference_steps, guidance_scale, edits=image is not None)
         guidance = GUIDANCE if guidance_scale is None else guidance_scale
         size, device = self.image_size, self._execution_device
         text, mask = self.encode(prompts)
@@ -146,21 +147,6 @@ class KkaFlowPipeline(DiffusionPipeline):
 
         drawn = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
-
-    def check_distilled(self, steps: int, guidance: float | None, *, edits: bool) -> None:
-        """Raises ValueError if the network was distilled to draw otherwise; guidance None is whatever it draws with."""
-        wanted = self.config.distilled_steps, self.config.distilled_guidance
-        if wanted == (None, None):
-            return
-        if None in wanted:
-            raise ValueError("of distilled_steps and distilled_guidance the pipeline has one: distil the network anew")
-        if edits:
-            raise ValueError("a distilled network draws from noise alone and edits no photographs: take its teacher")
-        if wanted != (steps, wanted[1] if guidance is None else guidance):
-            raise ValueError(
-                f"this network was distilled to draw in {wanted[0]} steps with guidance {wanted[1]:g}, not in {steps} "
-                f"steps with guidance {guidance}"
-            )
 
     def _flow(
         self,

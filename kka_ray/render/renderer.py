@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from kka_ray import assets
 from kka_ray.config.models import RenderConfig
 from kka_ray.errors import AssetError, ConfigError, ResourceError
 from kka_ray.features.device import compute_dtype
+from kka_ray.render.index import BUILT_IN, check_index, model_index
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.pipeline import KkaFlowPipeline
 
@@ -60,8 +60,9 @@ class Renderer:
         """
         torch.set_num_threads(threads)
         model = assets.resolve(config.pipeline)
-        index = _model_index(config.pipeline, model.path)
-        built_in = index["_class_name"] == KkaFlowPipeline.__name__
+        index = model_index(config.pipeline, model.path)
+        check_index(config, index)
+        built_in = index["_class_name"] == BUILT_IN
         dtype = compute_dtype(config.dtype, torch.device(device))
         with _no_progress_bars():
             # The built-in network keeps its weights in float32 and computes in `dtype` by autocast: guidance makes much
@@ -80,13 +81,6 @@ class Renderer:
         size = _size(pipeline, config)
         renderer = cls(pipeline, config, identity, device, size)
         renderer._check_arguments()
-        if built_in:
-            try:
-                pipeline.check_distilled(config.steps, config.guidance, edits=config.mode == "img2img")
-            except ValueError as error:
-                raise ConfigError(
-                    f"{config.pipeline}: {error}; see render.steps, render.guidance, render.mode"
-                ) from error
         return renderer
 
     def draw(
@@ -201,16 +195,6 @@ class Renderer:
                 f"{self.config.pipeline} ({type(self._pipeline).__name__}) cannot draw in mode {self.config.mode}: it "
                 f"{what}{hint}"
             )
-
-
-def _model_index(reference: str, folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise AssetError(f"{reference} is no diffusers pipeline: no readable model_index.json in {folder}") from error
-    if "_class_name" not in index:
-        raise AssetError(f"{reference} is no diffusers pipeline: its model_index.json names no _class_name")
-    return index
 
 
 def _load(config: RenderConfig, folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from kka_ray.errors import ConfigError
 from kka_ray.render import KkaFlowPipeline
 from kka_ray.render.distillation import Teacher
 from kka_ray.render.export import draw_samples, export_pipeline
+from kka_ray.render.index import check_renderer
 from kka_ray.render.pipeline import SHIFT, noise_levels
 from kka_ray.render.renderer import Renderer
 from kka_ray.render.training import Settings, Trainer, TrainingData
@@ -94,6 +95,9 @@ def test_a_distilled_network_draws_as_it_was_distilled_and_in_no_other_way(tmp_p
     for other in ({"steps": 3}, {"guidance": 4.0}, {"mode": "img2img"}):
         with pytest.raises(ConfigError, match=r"distilled .*render\.steps"):
             Renderer.load(RenderConfig(**config | other), threads=1)
+        with pytest.raises(ConfigError, match=r"distilled .*render\.steps"):
+            check_renderer(RenderConfig(**config | other))
+    check_renderer(RenderConfig(**config))
     samples = draw_samples(tiny.flow_transformer(), ["a red rose"], teacher())
     assert samples.size == (8 * 32, 32)
 

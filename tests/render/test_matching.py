@@ -67,6 +67,17 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return train(tmp_path, monkeypatch, 16)
 
 
+def test_images_of_one_caption_are_no_counterexamples_of_each_other() -> None:
+    """With one caption for all there is nothing to tell apart, whatever the images are."""
+    embedded, captions = torch.randn(1, 384), torch.zeros(12, 1, dtype=torch.long)
+    weights = []
+    for scale in (1.0, 2.0):
+        pooled = scale * torch.randn(12, 8, generator=torch.Generator().manual_seed(int(scale)))
+        weights.append(matching._fit(pooled, captions, embedded, torch.Generator().manual_seed(0)).state_dict())
+    for name in ("image_in.weight", "text_in.0.weight"):
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
 def test_images_match_their_own_texts_and_not_those_of_others(trained: Path) -> None:
     """On texts that were not seen, whose words were."""
     held_out = np.load(trained / "held_out" / "rows.npy").tolist()
