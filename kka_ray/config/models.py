@@ -691,8 +691,8 @@ class ClusterConfig(Strict):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="times that a Ray Train job is started again; workers in succession that may die at start, or, "
-        "beyond chunk_attempts, do nothing but fail",
+        description="times that a Ray Train job is started again; and how many workers of a pool may die one after the "
+        "other as they start, or do nothing but fail (chunk_attempts more)",
     )
     start_timeout: float = Field(
         1800, gt=0, description="seconds that a pool may be without a worker that is ready, or a job without its places"

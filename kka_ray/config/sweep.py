@@ -160,6 +160,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     `overrides` change the sweep's own keys, and through `run.` those of its run. Raises ConfigError.
     """
     path = Path(path)
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0]
+        if section in RunConfig.model_fields and section not in SweepConfig.model_fields:
+            raise ConfigError(f"override {override!r} is of the run, in a sweep: -o run.{override}")
     file = read(path).get("run")
     if isinstance(file, str):
         # So that there is something to override; JSON is YAML.

@@ -30,7 +30,7 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """The rows for which `where` holds, in the files' order, with these columns.
 
-    Raises DataError if a file is not Parquet, is damaged or lacks a column.
+    Raises DataError if a file is not there, is not Parquet, is damaged or lacks a column.
     """
     rows: list[dict[str, Any]] = []
     for file in files:
@@ -40,6 +40,8 @@ def read_rows(
                 raise DataError(f"{file} lacks columns: {', '.join(missing)}; see the data set's column list")
             # Without partitioning=None a folder named `a=b` on the way would turn into a column.
             table = pq.read_table(file, columns=list(columns), filters=where, partitioning=None)
+        except FileNotFoundError:
+            raise DataError(f"there is no file {file}") from None
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as Parquet ({error}); fetch or convert it again") from error
         rows += table.to_pylist()

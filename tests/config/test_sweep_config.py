@@ -108,6 +108,12 @@ def test_an_inline_run_extends_a_file_and_takes_overrides(tmp_path: Path) -> Non
     assert (sweep.base.name, sweep.base.loop.lines, sweep.config.concurrency) == ("base", 16, 2)
 
 
+def test_an_override_of_the_run_that_does_not_say_so_is_told_how(tmp_path: Path) -> None:
+    path = write(tmp_path, parameters={"loop.rounds": {"grid": [1]}})
+    with pytest.raises(ConfigError, match=r"-o run\.loop\.lines=16"):
+        load_sweep(path, ["loop.lines=16"])
+
+
 @pytest.mark.parametrize("run", ["run.yaml", {"extends": "run.yaml", "loop": {"lines": 32}}])
 def test_a_sweep_holds_its_run_with_what_that_extends(tmp_path: Path, run: Any) -> None:
     path = write(tmp_path, run=run, parameters={"loop.rounds": {"grid": [1]}})
