@@ -80,10 +80,24 @@ def with_extended(name: str, folder: Path) -> Iterator[Path]:
         yield Path(name).parent / further
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but for a key that stands twice in a mapping: of its values that one takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, Any]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
 def _read_one(path: Path) -> tuple[dict[str, Any], str | None]:
     """The mapping in a YAML file, and the name of what it extends."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -160,7 +174,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         if text.lstrip()[:1] in tuple("{['\""):
             raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kka_ray.config import RunConfig, config_hash, dump, load, merge, parse
+from kka_ray.config.loading import read
 from kka_ray.config.models import FolderData
 from kka_ray.config.renderer import RendererConfig
 from kka_ray.config.sweep import SweepConfig
@@ -203,6 +204,18 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match="run.yaml"):
         load(tmp_path / "run.yaml", RunConfig)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: x\ndata: {kind: flowers}\nloop: {rounds: 1}\nloop: {lines: 64}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml is not valid YAML: 'loop' stands twice\n.*line 4, column 1"):
+        load(file, RunConfig)
+    file.write_text("a: &a {inner: &i {rounds: 1}}\nb: &b {<<: *i, rounds: 0}\n")
+    assert read(file)["b"] == {"rounds": 0}, "merged, it is a value of its own"
+    file.write_text("name: x\ndata: {kind: flowers}\n")
+    with pytest.raises(ConfigError, match="'rounds' stands twice"):
+        load(file, RunConfig, ["loop={rounds: 1, lines: 64, rounds: 2}"])
 
 
 def test_hash_names_the_content(tmp_path: Path) -> None:
