@@ -238,7 +238,8 @@ def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
     sheet, maps = output.resolve() / "contact_sheet.png", output.resolve() / "heatmaps"
     found = []
     for path in image_files(images, recursive=True):
-        if path.resolve() != sheet and maps not in path.resolve().parents:
+        real = Path(os.path.realpath(path))  # `resolve` raises on a link to itself
+        if real != sheet and maps not in real.parents:
             found.append((path.relative_to(images).as_posix(), path))
     return found
 

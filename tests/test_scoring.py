@@ -73,6 +73,21 @@ def _score(images, model, output, heatmaps=False, **options):
         return result, {row["file"]: row for row in csv.DictReader(stream)}, text.getvalue()
 
 
+def test_a_link_that_leads_nowhere_is_a_row(normals, run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encode_png(normals[20]))
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "itself.png").symlink_to("itself.png")
+    _, rows, _ = _score(folder, run, tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a.png": "ok",
+        "gone.png": "failed",
+        "itself.png": "failed",
+    }
+    assert "No such file" in rows["gone.png"]["error"]
+
+
 def test_every_image_is_a_row_and_corrupt_ones_say_why(images, run, tmp_path):
     result, rows, _ = _score(images, run, tmp_path / "out")
     assert list(rows) == ["b.png", "cut.png", "deep/c.BMP", "deep/er/noise.png", "empty.gif", "text.jpg"]

@@ -291,16 +291,20 @@ class _Loaded:
 
 def image_files(folder: Path, *, recursive: bool) -> list[Path]:
     """The images in a folder, by suffix, without hidden ones; in the order of their paths. Links are followed, each
-    folder once. Raises DataError if a folder cannot be listed."""
+    folder once; one that leads nowhere is a file that cannot be read. Raises DataError if a folder cannot be listed."""
     files = []
     try:
         for path in _walk(folder, set()) if recursive else folder.iterdir():
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            if path.suffix.lower() in SUFFIXES and not hidden and (path.is_file() or _leads_nowhere(path)):
                 files.append(path)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error}); give access to it, or move it away") from error
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -112,16 +112,17 @@ def test_bad_files_are_skipped_counted_and_listed(mvtec, picture):
     (good / "cut.png").write_bytes(picture(0, 32)[:300])
     (good / "empty.jpg").write_bytes(b"")
     (good / "huge.png").write_bytes(huge_header())
+    (good / "nowhere.png").symlink_to("gone.png")
     (good / "words.JPEG").write_bytes(b"not an image")
     (mvtec / "test" / "scratch" / "bad.png").write_bytes(b"no")
     data = open_data(config(mvtec), 0)
-    assert data.normals().dropped == {"unreadable": 3, "too_large": 1, "duplicate": 0}
-    names = ["cut.png", "empty.jpg", "huge.png", "words.JPEG"]
+    assert data.normals().dropped == {"unreadable": 4, "too_large": 1, "duplicate": 0}
+    names = ["cut.png", "empty.jpg", "huge.png", "nowhere.png", "words.JPEG"]
     assert [name for name, _ in data.skipped] == [f"train/good/{n}" for n in names]
     assert "9000 x 9000" in dict(data.skipped)["train/good/huge.png"]
     data.test()
     data.test()
-    assert len(data.skipped) == 5
+    assert len(data.skipped) == 6
     assert data.test_dropped == {"unreadable": 1, "too_large": 0, "duplicate": 0}
 
 
