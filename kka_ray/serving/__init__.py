@@ -96,7 +96,7 @@ def _deploy(run: str | Path, config: ServeConfig, token: Token, say: Callable[[s
         )
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, TimeoutError) as error:
-        raise ResourceError(f"the service did not start: {error}") from error
+        raise ResourceError(f"the service did not start: {_why() or error}") from error
     # Not before: the token of a service that runs already is not to go for one that does not start.
     token_file = write_token(token, run, config.port)
     head = _head_elsewhere()
@@ -109,6 +109,17 @@ def _deploy(run: str | Path, config: ServeConfig, token: Token, say: Callable[[s
         )
     say(f"serving {run} at {where}; {f'token in {token_file}' if token_file else f'token from {VARIABLE}'}")
     return service
+
+
+def _why() -> str:
+    """What a replica that did not start raised at last; empty if Serve does not know. Of it Serve's own error names
+    the deployment alone."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    said = [deployment.message for deployment in application.deployments.values()] if application else []
+    # A traceback, whose last line is the error.
+    return "; ".join(text.strip().splitlines()[-1] for text in said if "Traceback" in text)
 
 
 def _head_elsewhere() -> str:
@@ -135,7 +146,7 @@ def _check_port(config: ServeConfig) -> None:
             probe.bind(address)
     except OSError as error:
         raise ResourceError(
-            f"cannot listen on {config.host} port {config.port}: {error}; choose another --port"
+            f"cannot listen on {config.host} port {config.port}: {error}; choose another --port or --host"
         ) from error
 
 

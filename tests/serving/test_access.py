@@ -2,6 +2,7 @@ import re
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -78,8 +79,29 @@ def test_starting_says_what_is_missing(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ResourceError, match="choose another --port"):
+        with pytest.raises(ResourceError, match="choose another --port or --host"):
             start(tmp_path, ServeConfig(port=taken.getsockname()[1]), blocking=False)
+
+
+def test_a_replica_that_does_not_start_says_why(tmp_path, monkeypatch):
+    from ray import serve
+
+    def fail(*_, **__):
+        raise RuntimeError("Failed to update the deployments ['DetectorReplica'].")
+
+    monkeypatch.setattr(serving, "_check_room", lambda config: None)
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", fail)
+    applications = {}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    (tmp_path / "detector.json").touch()
+    with pytest.raises(ResourceError, match="did not start: Failed to update"):
+        serving._deploy(tmp_path, ServeConfig(), make_token(), print)
+    raised = "The replica failed.\nTraceback (most recent call last):\n  File x\nConfigError: ONNX is not installed\n"
+    deployments = {"Ingress": SimpleNamespace(message=""), "DetectorReplica": SimpleNamespace(message=raised)}
+    applications["kka"] = SimpleNamespace(deployments=deployments)
+    with pytest.raises(ResourceError, match="did not start: ConfigError: ONNX is not installed$"):
+        serving._deploy(tmp_path, ServeConfig(), make_token(), print)
 
 
 NODES = [
