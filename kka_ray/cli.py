@@ -13,7 +13,8 @@ from rich.markup import escape
 
 from kka_ray import __version__
 from kka_ray.amounts import amount
-from kka_ray.config import RunConfig, dump, load
+from kka_ray.config import RunConfig, dump, load, parse
+from kka_ray.config.loading import read
 from kka_ray.config.models import Engine
 from kka_ray.errors import ConfigError, KkaError
 
@@ -100,7 +101,8 @@ def resume(folder: RunFolder, verbose: Verbose = False) -> None:
     with opened(folder, "config.yaml") as place:
         if not (place.here / "config.yaml").is_file():
             raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
-        config = load(place.here / "config.yaml", RunConfig)
+        # Not `load`, which would advise -o, and name the file of a copy.
+        config = parse(read(place.here / "config.yaml"), RunConfig, below(folder, "config.yaml"))
     own = below(config.output, config.name)
     if not is_same(folder, own):
         raise ConfigError(

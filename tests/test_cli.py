@@ -56,6 +56,17 @@ def test_resume_and_report_want_the_folder_of_a_run(tmp_path: Path, verb: str) -
         assert "name a run's folder, as in runs/demo" in str(error)
 
 
+def test_resume_does_not_advise_what_it_cannot_be_given(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {kind: flowers}\n")
+    for folder in (str(tmp_path), f"file://{tmp_path}"):
+        error = CliRunner().invoke(cli.app, ["resume", folder]).exception
+        assert isinstance(error, ConfigError)
+        assert (
+            str(error)
+            == f"{folder}/config.yaml is not a valid RunConfig:\n  name: is required (names the run's folder)"
+        )
+
+
 def test_resume_does_not_work_in_another_folder_than_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
