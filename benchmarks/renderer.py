@@ -12,6 +12,7 @@ Writes `benchmarks/results/renderer.json`, and with `--grid` a picture.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+from kka_ray import assets
 from kka_ray.config import load
 from kka_ray.config.models import BackboneConfig, Cifar100Data, Knn, LinearHead, RenderConfig, RunConfig
 from kka_ray.data import open_data
@@ -35,7 +37,7 @@ from kka_ray.data.parquet import decode_rows, read_rows, shards
 from kka_ray.describe.guard import Guard
 from kka_ray.describe.prompts import build_prompts
 from kka_ray.describe.sampler import build_sampler
-from kka_ray.detectors import build
+from kka_ray.detectors import build, tuned
 from kka_ray.evaluation import spread
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -131,6 +133,8 @@ class Bench:
 
     def __init__(self, data: Path, renderer: Drawer, second: Drawer | None) -> None:
         self.data, self.renderer, self.second = data, renderer, second
+        self.lines: list[str] = []
+        """What the language model wrote, of all seeds so far."""
         self.backbone = Backbone.load(BackboneConfig())
         self.encoder = TextEncoder()
         columns = ["image", "class_name", "superclass", "source"]
@@ -178,6 +182,7 @@ class Bench:
         train, validation = self._features(normals.train.images), self._features(normals.validation.images)
         rng = np.random.default_rng(seed)
         texts = self.describe(module, train, seed)
+        self.lines += texts
         captions = [normals.train.captions[i] for i in rng.permutation(len(train))]
         controls = self.draw(self.renderer, captions[: len(validation)], seed + 1000)
         outside = np.flatnonzero(self.train_groups != "household_furniture")
@@ -300,6 +305,9 @@ def main() -> None:
         **summary(rows),
         **speed(config, arguments.teacher or arguments.renderer, arguments.threads),
     }
+    result["made_with"] = {"renderer": assets.resolve(arguments.renderer).identity, "detectors": tuned.VERSION}
+    # Another guard or prompt makes other lines, and other figures.
+    result["lines_sha256"] = hashlib.sha256("\n".join(bench.lines).encode()).hexdigest()
     if second is None:
         result["unseen_gain_ratio"] = None
         result["unseen_gain_reason"] = "no renderer trained without the four superclasses was given"

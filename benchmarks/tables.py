@@ -275,10 +275,11 @@ def renderer(result: Mapping[str, Any]) -> str:
             continue
         spread = f" ± {result[f'{name}_std']:.4f}" if f"{name}_std" in result else ""
         rows.append([words, f"{result[name]:.4f}{spread}", wanted])
+    old = _outdated(result["made_with"], _shipped()) if "made_with" in result else ""
     of_fidelity = f" (fidelity: {result['fidelity_seeds']})" if "fidelity_seeds" in result else ""
     return (
         f"`{result['renderer']}`, {result['steps']} steps, guidance {result['guidance']}, {result['seeds']} seeds"
-        f"{of_fidelity}, {result['threads']} thread(s).\n\n{_table(rows)}"
+        f"{of_fidelity}, {result['threads']} thread(s).\n{old}\n{_table(rows)}"
     )
 
 

@@ -52,6 +52,9 @@ def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: Modu
     assert "5 seeds (fidelity: 3)" in text
     assert "top-1 | 0.2500 ± 0.0123 |" in text
     assert "| 0.6000 ± 0.1000 |" in text
+    assert "Measured with earlier" not in text
+    old = {"made_with": {"renderer": "before", "detectors": tables.tuned.VERSION}}
+    assert "\nMeasured with earlier weights of the renderer.\n" in tables.renderer(result | old)
 
 
 def test_a_check_that_no_seed_could_measure_is_said_to_be_not_measured(tables: ModuleType) -> None:
