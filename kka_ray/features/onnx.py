@@ -30,7 +30,7 @@ class OnnxEncoder:
 
     def __init__(self, encoder: Encoder, size: int) -> None:
         """Raises ConfigError if ONNX is not installed. The network is translated at the first use."""
-        _packages()
+        packages()
         self.mean, self.std, self.network = encoder.mean, encoder.std, encoder.network
         self._encoder, self._size = encoder, size
         self._sessions: dict[bool, Any] = {}
@@ -62,7 +62,7 @@ def to_onnx(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> bytes
 
     Raises ConfigError if ONNX is not installed.
     """
-    _packages()
+    packages()
     buffer = io.BytesIO()
     # Inference mode, in which features are extracted, leaves nothing to trace.
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -83,14 +83,15 @@ def to_onnx(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> bytes
 
 def session(content: bytes) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU with torch's number of threads."""
-    runtime = _packages()
+    runtime = packages()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _packages() -> Any:
+def packages() -> Any:
+    """The module `onnxruntime`. Raises ConfigError, saying how to install them, if it or `onnx` is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime

@@ -41,8 +41,9 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
     called from the main thread. Otherwise this process must be connected to Ray, and the call returns as soon as the
     service answers; `ray.serve.shutdown()` ends it. `say` hears the address and where the token is, never the token.
 
-    Raises AssetError if there is no detector, ResourceError if the port or the cluster's CPUs or GPUs cannot be had, or
-    if Serve runs on the cluster already: its address would not be the one asked for, and ending it would end others.
+    Raises AssetError if there is no detector, ConfigError if the packages of the engine are missing, ResourceError if
+    the port or the cluster's CPUs or GPUs cannot be had, or if Serve runs on the cluster already: its address would not
+    be the one asked for, and ending it would end others.
     """
     import ray
 
@@ -52,7 +53,12 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
     with detector_folder(run):
         pass  # it is there; each replica loads it by itself
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        _check_port(config)  # before a cluster is started, which takes a while
+        # Before a cluster is started, which takes a while.
+        _check_port(config)
+        if config.engine == "onnx":
+            from kka_ray.features.onnx import packages
+
+            packages()
     if not blocking:
         if not ray.is_initialized():
             raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")

@@ -1,6 +1,7 @@
 import re
 import socket
 import stat
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,10 @@ def test_starting_says_what_is_missing(tmp_path, monkeypatch):
         taken.listen()
         with pytest.raises(ResourceError, match="choose another --port or --host"):
             start(tmp_path, ServeConfig(port=taken.getsockname()[1]), blocking=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    monkeypatch.setattr(serving, "_check_port", lambda config: None)
+    with pytest.raises(ConfigError, match=r"onnxruntime .*pip install"):
+        start(tmp_path, ServeConfig(engine="onnx"), blocking=False)
 
 
 def test_a_replica_that_does_not_start_says_why(tmp_path, monkeypatch):
