@@ -476,12 +476,12 @@ def test_a_sweep_whose_base_changed_is_another_sweep(tmp_path: Path) -> None:
     base, swept = tmp_path / "base.yaml", tmp_path / "swept.yaml"
     swept.write_text("name: s\nrun: base.yaml\nparameters: {loop.rounds: {grid: [0, 1]}}\n")
 
-    def started(values: str) -> None:
-        base.write_text(f"name: base\ndata: {{kind: flowers}}\n{values}")
+    def started(values: str, name: str = "base") -> None:
+        base.write_text(f"name: {name}\ndata: {{kind: flowers}}\n{values}")
         sweep._claim(Place(str(tmp_path / "s"), tmp_path / "s"), load_sweep(swept).config)
 
     started("loop: {lines: 32}\n")
-    started("name: other\nloop: {lines: 32}\ncluster: {in_flight: 3}\noutput: elsewhere\n")  # the same results
+    started("loop: {lines: 32}\ncluster: {in_flight: 3}\noutput: elsewhere\n", "other")  # the same results
     with pytest.raises(ConfigError, match=r"holds another sweep \(run\.loop\.lines\).*-o name=NAME"):
         started("loop: {lines: 64}\n")
 
