@@ -14,11 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from kka_ray import assets
+from kka_ray.benchmark import made_with
 from kka_ray.config import config_hash, load
 from kka_ray.config.models import RunConfig
 from kka_ray.data.export import export_folder
-from kka_ray.detectors import tuned
 from kka_ray.experiment import run
 from kka_ray.files import write_json
 from kka_ray.terminal import Reporter, show_summary
@@ -59,7 +58,7 @@ def measure(name: str, config: str, overrides: list[str], work: Path, console: C
     rounds = ("described", "rendered", "failed", "hard", "easy", "normal_like", "hard_rate", "diversity", "status")
     return {
         "config_hash": config_hash(resolved),
-        "made_with": {"renderer": assets.resolve(resolved.render.pipeline).identity, "detectors": tuned.VERSION},
+        "made_with": made_with(resolved.render.pipeline),
         "warnings": warnings,
         **{k: finished.summary[k] for k in keep},
         "rounds": [{k: r[k] for k in rounds} for r in finished.summary["rounds"]],

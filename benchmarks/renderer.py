@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from kka_ray import assets
+from kka_ray.benchmark import made_with
 from kka_ray.config import load
 from kka_ray.config.models import BackboneConfig, Cifar100Data, Knn, LinearHead, RenderConfig, RunConfig
 from kka_ray.data import open_data
@@ -37,7 +37,7 @@ from kka_ray.data.parquet import decode_rows, read_rows, shards
 from kka_ray.describe.guard import Guard
 from kka_ray.describe.prompts import build_prompts
 from kka_ray.describe.sampler import build_sampler
-from kka_ray.detectors import build, tuned
+from kka_ray.detectors import build
 from kka_ray.evaluation import spread
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
@@ -305,7 +305,7 @@ def main() -> None:
         **summary(rows),
         **speed(config, arguments.teacher or arguments.renderer, arguments.threads),
     }
-    result["made_with"] = {"renderer": assets.resolve(arguments.renderer).identity, "detectors": tuned.VERSION}
+    result["made_with"] = made_with(arguments.renderer)
     # Another guard or prompt makes other lines, and other figures.
     result["lines_sha256"] = hashlib.sha256("\n".join(bench.lines).encode()).hexdigest()
     if second is None:

@@ -81,10 +81,15 @@ def demo(
         summaries.append(run(named, progress, say, verbose=verbose).summary)
     result = collect(summaries)
     result["config_hash"] = config_hash(config)
-    result["made_with"] = {"renderer": assets.resolve(config.render.pipeline).identity, "detectors": tuned.VERSION}
+    result["made_with"] = made_with(config.render.pipeline)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, result)
     return result
+
+
+def made_with(pipeline: str) -> dict[str, Any]:
+    """What a measurement depends on beside its configuration: the renderer's weights and the detectors' version."""
+    return {"renderer": assets.resolve(pipeline).identity, "detectors": tuned.VERSION}
 
 
 def _check(config: RunConfig) -> None:
