@@ -70,13 +70,12 @@ def _group(name: str, size: PoolConfig, workers: int) -> Any:
 def _had(group: Any, name: str, size: PoolConfig, cluster: ClusterConfig) -> Any:
     """The group once it has its places."""
     try:
-        if group is None or group.wait(cluster.start_timeout):
-            return group
+        if group is not None and not group.wait(cluster.start_timeout):
+            raise not_free(name, size.workers, size.cpus, size.gpus, cluster)
     except BaseException:  # Ctrl-C as well: nobody else knows the group, and it would take its places later
         release(group)
         raise
-    release(group)
-    raise not_free(name, size.workers, size.cpus, size.gpus, cluster)
+    return group
 
 
 def bundles(cluster: ClusterConfig) -> list[tuple[str, dict[str, float]]]:
