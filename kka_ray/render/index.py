@@ -21,8 +21,9 @@ def check_renderer(config: RenderConfig) -> None:
     It is loaded, and then refused for the same reason, only when a run has begun. Raises AssetError if it is no
     pipeline.
     """
-    if assets.is_present(config.pipeline):
-        check_index(config, model_index(config.pipeline, assets.resolve(config.pipeline).path))
+    folder = assets.here(config.pipeline)
+    if folder is not None:
+        check_index(config, model_index(config.pipeline, folder))
 
 
 def check_index(config: RenderConfig, index: Mapping[str, Any]) -> None:
