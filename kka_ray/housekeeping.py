@@ -71,14 +71,16 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused.
     Runs elsewhere that share the store are not seen.
 
-    Raises DataError if there is no folder `output`; if something is to be deleted, or `output` is a URI, and there is
-    no run in it while the store lies elsewhere, which is more likely a wrong folder than a store that nobody wants; and
-    if a run began while it was being read.
+    Raises DataError if there is no folder `output` or no such store; if something is to be deleted, or `output` is a
+    URI, and there is no run in it while the store lies elsewhere, which is more likely a wrong folder than a store that
+    nobody wants; and if a run began while it was being read.
     """
     store = Store(store_uri)
     with places.opened(output, *_OF_RUNS) as place:
         if not place.here.is_dir():
             raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
+        if not store.filesystem.exists(store.root):
+            raise DataError(f"there is no store {store_uri}; name it with --store")
         if place.vanished:
             raise DataError(
                 f"{', '.join(place.vanished)} in {output} went while it was being read: a run there has just begun. "

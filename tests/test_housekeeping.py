@@ -220,6 +220,8 @@ def test_a_wrong_folder_of_runs_does_not_empty_a_store_elsewhere(tmp_path):
         collect(tmp_path / "runs", store.uri, delete=True)
     with pytest.raises(DataError, match="there is no folder"):
         collect(tmp_path / "run", store.uri, delete=True)
+    with pytest.raises(DataError, match="there is no store"):
+        collect(tmp_path / "runs", str(tmp_path / "share"), delete=False)
     assert store.find("fit", key)
 
 

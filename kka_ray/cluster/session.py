@@ -46,8 +46,8 @@ def session(config: ClusterConfig, *, verbose: bool = False) -> Iterator[None]:
         if address:
             raise ResourceError(f"cannot reach the Ray cluster at {address!r}: {error}") from error
         raise ResourceError(
-            f"cannot start a local Ray cluster: {error}. On a machine with much else to do the same command may need "
-            "another try"
+            f"cannot start a local Ray cluster: {str(error).rstrip('.')}. On a machine with much else to do the same "
+            "command may need another try"
         ) from error
     try:
         if guarded and _answers_anybody(ray.get_runtime_context().gcs_address):

@@ -22,8 +22,14 @@ from kka_ray.data.splits import draw_groups, drop_seen, split_by_group, split_no
 from kka_ray.errors import DataError
 from kka_ray.memory import usable_memory
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-"""Files with other suffixes, and hidden files, are not taken for images."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+"""Of images in the formats that are read."""
+
+_FOREIGN = frozenset(
+    {".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".dng", ".psd", ".exr"}
+)
+"""Of images in formats that are not read: they are listed as unreadable, not passed over. Files with other suffixes,
+and hidden files, are not taken for images."""
 
 GOOD = "good"
 
@@ -290,13 +296,14 @@ class _Loaded:
 
 
 def image_files(folder: Path, *, recursive: bool) -> list[Path]:
-    """The images in a folder, by suffix, without hidden ones; in the order of their paths. Links are followed, each
-    folder once; one that leads nowhere is a file that cannot be read. Raises DataError if a folder cannot be listed."""
+    """The images in a folder, by suffix, without hidden ones; in the order of their paths. Some may be of formats that
+    are not read. Links are followed, each folder once; one that leads nowhere is a file that cannot be read. Raises
+    DataError if a folder cannot be listed."""
     files = []
     try:
         for path in _walk(folder, set()) if recursive else folder.iterdir():
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if path.suffix.lower() in SUFFIXES and not hidden and (path.is_file() or _leads_nowhere(path)):
+            if path.suffix.lower() in SUFFIXES | _FOREIGN and not hidden and (path.is_file() or _leads_nowhere(path)):
                 files.append(path)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error}); give access to it, or move it away") from error

@@ -82,6 +82,18 @@ def test_hidden_and_other_files_are_no_images(tmp_path, write_images):
     assert data.skipped == []
 
 
+def test_images_of_formats_that_are_not_read_are_listed(tmp_path, write_images, picture):
+    write_images(tmp_path, 12)
+    (tmp_path / "phone.HEIC").write_bytes(b"\x00\x00\x00\x18ftypheic")
+    (tmp_path / "windows.jfif").write_bytes(picture(20))
+    data = open_data(config(tmp_path), 0)
+    assert data.normals().dropped["unreadable"] == 1
+    ((name, reason),) = data.skipped
+    assert name == "phone.HEIC"
+    assert "use one of PNG, JPEG" in reason
+    assert "windows.jfif" in {*data.normals().train.ids, *data.normals().validation.ids}
+
+
 def test_split_of_the_mvtec_layout(mvtec):
     data = open_data(config(mvtec), 0)
     normals, test = data.normals(), data.test()
