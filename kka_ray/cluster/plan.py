@@ -173,9 +173,9 @@ def weights_bytes(reference: str) -> int | None:
     Raises AssetError if there is no such built-in model, or a model's index names a file that is not there.
     """
     assets.check_name(reference)
-    if not assets.is_present(reference):
+    folder = assets.here(reference)
+    if folder is None:
         return None
-    folder = assets.resolve(reference).path
     return sum(file.stat().st_size for file in assets.weights(folder) or folder.rglob("*.safetensors"))
 
 

@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _WORDS = {
     "name": "must begin with a letter or digit and hold only A-Z, a-z, 0-9, '.', '_' and '-': it names a folder",
+    "string_type": "must be a text, in quotes if YAML takes it for something else",
     "tuple_type": "must be a list, as in [a, b]",
     "list_type": "must be a list, as in [a, b]",
     "dict_type": "must be a mapping, as in {key: value}",

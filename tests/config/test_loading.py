@@ -110,7 +110,8 @@ def test_a_kind_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         ),
         (
             {"cluster": {"samplers": {"runtime_env": {"env_vars": {"A": 3}}}}},
-            "cluster.samplers.runtime_env.env_vars.A: Input should be a valid string (got 3)",
+            "cluster.samplers.runtime_env.env_vars.A: must be a text, in quotes if YAML takes it for something else "
+            "(got 3)",
         ),
         ({"detect": {"controls": "noise"}}, "detect.controls: must be a list, as in [a, b] (got 'noise')"),
         ({"loop": 3}, "loop: must be a mapping, as in {key: value} (got 3)"),
@@ -188,7 +189,7 @@ def test_a_text_is_one_though_yaml_has_another_word_for_it(tmp_path: Path, text:
     assert isinstance(config.data, FolderData)
     assert config.data.path == config.data.description == text
     for value in ("[a]", "{a: b}", ""):
-        with pytest.raises(ConfigError, match="name: Input should be a valid string"):
+        with pytest.raises(ConfigError, match="name: must be a text"):
             load(tmp_path / "run.yaml", RunConfig, [*given, f"name={value}"])
 
 
