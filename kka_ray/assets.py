@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from kka_ray.files import absolute_path, sha256
 
 _MARKER = "asset.json"
 _PACKAGE = Path(__file__).parent
+_HALF = re.compile(r"\.fp16[.-]")
+"""In the name of weights in half precision, in one file or in shards (`model.fp16-00001-of-00002.safetensors`)."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def weights(folder: Path) -> list[Path]:
     if (folder / "model_index.json").is_file():
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
         halves = variant(names) is not None
-        return [folder / name for name in names if "/" in name and (halves or ".fp16." not in name)]
+        return [folder / name for name in names if "/" in name and (halves or not _HALF.search(name))]
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         return [single] if single.is_file() else []
@@ -252,7 +255,7 @@ def variant(files: Iterable[str]) -> str | None:
     `files` are paths relative to the pipeline's folder. Those in the folder itself, beside its parts, never count.
     """
     weights = [file for file in files if "/" in file and file.endswith(".safetensors")]
-    return "fp16" if weights and all(".fp16." in file for file in weights) else None
+    return "fp16" if weights and all(_HALF.search(file) for file in weights) else None
 
 
 def _installed(name: str) -> Path:
@@ -315,7 +318,7 @@ def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
         files = list_repo_files(repository, revision=wanted["revision"])
     except Exception:  # of many types, as above; what cannot be had is said by who fetches it
         return []
-    return [] if variant(files) else ["*.fp16.*"]
+    return [] if variant(files) else ["*.fp16.*", "*.fp16-*"]
 
 
 def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:

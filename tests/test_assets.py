@@ -1,5 +1,6 @@
 import json
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def test_of_a_pipeline_on_the_hub_its_parts_are_fetched_and_of_another_model_all
         (["unet/model.safetensors", "unet/model.fp16.safetensors"], True),
         (["model.safetensors", "unet/model.fp16.safetensors"], False),
         (["unet/model.safetensors.index.json", "unet/model-00001-of-00002.fp16.safetensors"], False),
+        (["text/model.fp16-00001-of-00002.safetensors", "unet/model.fp16.safetensors"], False),
+        (["text/model.fp16-00001-of-00002.safetensors", "text/model-00001-of-00002.safetensors"], True),
     ],
 )
 def test_weights_in_half_precision_are_fetched_only_where_there_are_no_others(
@@ -75,7 +78,8 @@ def test_weights_in_half_precision_are_fetched_only_where_there_are_no_others(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: files)
     assets._hub_snapshot("org/name", local_only=False)
-    assert ("*.fp16.*" in ignored) == left_out
+    fetched = [file for file in files if not any(fnmatch(file, pattern) for pattern in ignored)]
+    assert fetched == ([file for file in files if ".fp16" not in file] if left_out else files)
 
 
 def test_a_pipeline_in_the_cache_is_had_where_the_hub_cannot_be_reached(

@@ -271,6 +271,10 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
 
     torch.set_num_threads(arguments["threads"])
     number, workers = rank()
+    cpu = device(arguments["cluster"]).type == "cpu"
+    if cpu:
+        # Ray names the GPU that a worker holds here, and Accelerate takes that before it is told to use none.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     store = Store(arguments["store"])
     pairs = store.reported("pairs", arguments["pairs"])
     previous = store.reported("dpo", arguments["previous"]) if arguments["previous"] else None
@@ -287,7 +291,7 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
             work / "result" / "adapter",
             work / "trl",
             workers=workers,
-            cpu=device(arguments["cluster"]).type == "cpu",
+            cpu=cpu,
             trust_remote_code=arguments["trust_remote_code"],
             checkpoints=checkpoints,
         )

@@ -37,7 +37,12 @@ class VllmSampler(Strict):
         1, ge=1, description="GPUs that share the model; cluster.samplers.gpus must be as many"
     )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that the engine takes")
-    kv_cache_gib: float = Field(1.0, gt=0, description="on CPU: GiB of memory for the key-value cache")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of memory for the key-value cache; by default 1 on a CPU, and on a GPU what is left of "
+        "`gpu_memory`, which must be given where others use the GPU as well: the engine takes their memory for its own",
+    )
     max_model_len: int = Field(2048, ge=64, description="tokens of a prompt and what is written for it, together")
     max_sequences: int = Field(256, ge=1, description="lines that are written at a time")
     quantization: Literal["awq", "compressed-tensors", "fp8", "gptq"] | None = Field(

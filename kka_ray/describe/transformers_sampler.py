@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, TransformersSampler
 from kka_ray.describe.lora import merged_weights
 from kka_ray.describe.sampler import mixed
+from kka_ray.errors import ConfigError
 from kka_ray.features.device import compute_dtype
 
 
@@ -37,6 +38,7 @@ class TransformersEngine:
         self.model = AutoModelForCausalLM.from_pretrained(
             model.path, dtype=self.dtype, trust_remote_code=engine.trust_remote_code, use_safetensors=True
         )
+        _check_cache(self.model.config, engine.model)
         self.model.eval().requires_grad_(False).to(self.device)
         self._raw: dict[str, Tensor] = {}
         self._eos = self._text_ends()
@@ -177,6 +179,16 @@ class TransformersEngine:
         ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
         ends[list(self._eos)] = True
         return ends.to(self.device)
+
+
+def _check_cache(config: PretrainedConfig, model: str) -> None:
+    """Raises ConfigError if what a model keeps of a prompt cannot be shared by several lines, as a recurrent state."""
+    layers = DynamicCache(config=config).layers
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        raise ConfigError(
+            f"describe.sampler: {model} has layers without a key-value cache ({config.model_type}), which is not "
+            "sampled with transformers; set describe.sampler.kind=vllm, or name another model"
+        )
 
 
 def _nucleus(logits: Tensor, top_p: float, uniform: Tensor) -> Tensor:

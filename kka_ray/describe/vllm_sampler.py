@@ -69,8 +69,10 @@ class VllmEngine:
         if self._on_gpu:
             options["gpu_memory_utilization"] = engine.gpu_memory
             options["enable_sleep_mode"] = engine.sleep_level > 0
+            if engine.kv_cache_gib is not None:
+                options["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
         else:
-            options["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+            options["kv_cache_memory_bytes"] = int((engine.kv_cache_gib or 1.0) * 2**30)
             # The generator of a prompt that is split over two steps is turned back, which those of CPUs refuse.
             options["enable_chunked_prefill"] = False
         if engine.tensor_parallel > 1:

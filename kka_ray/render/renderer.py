@@ -72,7 +72,8 @@ class Renderer:
             pipeline = _for_mode(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
-        if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        # Autoencoders that cannot have the method as well, and raise.
+        if hasattr(getattr(pipeline, "vae", None), "use_slicing"):
             pipeline.vae.enable_slicing()  # one image at a time: at 1024 px the decoder takes gigabytes for each
         identity = f"{model.identity}/{type(pipeline).__name__}/{dtype}"
         if built_in:
@@ -80,6 +81,8 @@ class Renderer:
             identity += f"/{pipeline.text_encoder_identity}"
         size = _size(pipeline, config)
         renderer = cls(pipeline, config, identity, device, size)
+        if renderer._guides_by_prompts():
+            renderer.identity += "/true_cfg"
         renderer._check_arguments()
         return renderer
 
@@ -112,6 +115,8 @@ class Renderer:
     ) -> list[np.ndarray | DrawError]:
         try:
             return self._draw(texts, seeds, normals)
+        except ConfigError:
+            raise  # of no text in particular
         except Exception as error:
             if _is_out_of_memory(error):
                 raise ResourceError(
@@ -150,8 +155,16 @@ class Renderer:
             low, high = self.config.mask.min_area, self.config.mask.max_area
             masks = [blob_mask(height, width, seed, low, high) for seed in seeds]
             arguments["mask_image"] = [Image.fromarray(m.astype(np.uint8) * 255) for m in masks]
+        if self._guides_by_prompts():
+            arguments["negative_prompt"] = [" "] * len(texts)  # as its authors call it; none would switch guidance off
         with torch.inference_mode():
             images = np.asarray(self._pipeline(**arguments).images)
+        if self.size not in (None, images.shape[1:3]):
+            # Some pipelines round a size to what they can draw, with no more than a warning.
+            raise ConfigError(
+                f"{self.config.pipeline} draws {images.shape[2]} x {images.shape[1]} px where {self.size[1]} x "
+                f"{self.size[0]} were asked for; set render.width and render.height to what it can draw"
+            )
         rows = [_finish(image) for image in images]
         for i, mask in enumerate(masks):
             row = rows[i]
@@ -164,7 +177,7 @@ class Renderer:
         config, accepted = self.config, inspect.signature(self._pipeline.__call__).parameters
         arguments: dict[str, Any] = {"num_inference_steps": config.steps, "output_type": "np"}
         if config.guidance is not None:
-            arguments["guidance_scale"] = config.guidance
+            arguments["true_cfg_scale" if self._guides_by_prompts() else "guidance_scale"] = config.guidance
         if config.mode == "img2img":
             arguments["strength"] = config.strength
         if self.size is not None:
@@ -173,6 +186,14 @@ class Renderer:
             needed = config.mode == "text2img"
             arguments |= {name: side for name, side in sides.items() if needed or name in accepted}
         return arguments
+
+    def _guides_by_prompts(self) -> bool:
+        """Whether guidance is `true_cfg_scale` and wants a negative prompt, as Qwen-Image's, which ignores
+        `guidance_scale` unless its network was distilled to read it. FLUX has both names, the former for experts."""
+        scale = inspect.signature(self._pipeline.__call__).parameters.get("true_cfg_scale")
+        network = getattr(getattr(self._pipeline, "transformer", None), "config", None)
+        reads_scale = getattr(network, "guidance_embeds", False)
+        return self.config.guidance is not None and scale is not None and scale.default > 1 and not reads_scale
 
     def _check_arguments(self) -> None:
         accepted = inspect.signature(self._pipeline.__call__).parameters

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, LlamaConfig
 
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, TransformersSampler
-from kka_ray.describe.transformers_sampler import TransformersEngine, _nucleus
+from kka_ray.describe.transformers_sampler import TransformersEngine, _check_cache, _nucleus
+from kka_ray.errors import ConfigError
 
 MODEL = "builtin:smollm2-135m-instruct"
 PROMPTS = [
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.skipif(not assets.is_present(MODEL), reason="the built-
 def engine(**options: float) -> TransformersEngine:
     sampler = TransformersSampler(dtype="float32", batch=4)
     return TransformersEngine(DescribeConfig(sampler=sampler, max_tokens=8, **options))  # type: ignore[arg-type]
+
+
+def test_a_model_whose_state_cannot_be_shared_is_refused() -> None:
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    with pytest.raises(ConfigError, match="org/hybrid has layers without a key-value cache .lfm2.*kind=vllm"):
+        _check_cache(Lfm2Config(**layers), "org/hybrid")
+    _check_cache(LlamaConfig(num_hidden_layers=2), "org/llama")
 
 
 def test_every_prompt_gets_its_own_lines_whatever_is_batched_with_it() -> None:

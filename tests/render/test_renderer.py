@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,43 @@ def test_a_size_that_the_built_in_network_cannot_draw_is_refused_at_once(flow_fo
 
 def test_latent_pipelines_draw_the_configured_size(stable_diffusion: Path) -> None:
     assert arrays(load(stable_diffusion, width=48, height=64).draw(["a"], [1])).shape == (1, 64, 48, 3)
+
+
+class _Qwen:
+    """Called as Qwen-Image's pipeline is; draws grey noise of 32 px, whatever is asked."""
+
+    def __init__(self, guidance_embeds: bool) -> None:
+        self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=guidance_embeds))
+        self.given: dict[str, Any] = {}
+
+    def __call__(
+        self,
+        prompt: list[str],
+        negative_prompt: list[str] | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        **given: Any,
+    ) -> SimpleNamespace:
+        self.given = {"negative": negative_prompt, "true": true_cfg_scale, "scale": guidance_scale}
+        return SimpleNamespace(images=np.random.default_rng(0).random((len(prompt), 32, 32, 3)))
+
+
+def test_guidance_is_given_as_a_pipeline_reads_it() -> None:
+    config = RenderConfig(pipeline="qwen", guidance=3.0)
+    pipeline = _Qwen(guidance_embeds=False)
+    arrays(Renderer(pipeline, config, "", "cpu", None).draw(["a", "b"], [1, 2]))
+    assert pipeline.given == {"negative": [" ", " "], "true": 3.0, "scale": None}
+    pipeline = _Qwen(guidance_embeds=True)
+    arrays(Renderer(pipeline, config, "", "cpu", None).draw(["a"], [1]))
+    assert pipeline.given == {"negative": None, "true": 4.0, "scale": 3.0}
+
+
+def test_a_size_that_the_pipeline_rounds_is_refused() -> None:
+    renderer = Renderer(_Qwen(True), RenderConfig(pipeline="qwen", width=40, height=32), "", "cpu", (32, 40))
+    with pytest.raises(ConfigError, match="draws 32 x 32 px where 40 x 32 were asked for"):
+        renderer.draw(["a", "b"], [1, 2])
 
 
 def test_rows_must_match(flow_folder: Path) -> None:
