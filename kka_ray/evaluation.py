@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, with what a data set without test anomalies has instead: thresholds and false-positive rates."""
+    """All rows, none where the data has no test anomalies, and the fits behind them."""
 
     rows: list[Row]
     fits: dict[tuple[str, str, int], str]
@@ -317,7 +317,7 @@ def _fit_all(
                     "false_positive_rate": config.detect.false_positive_rate,
                     "threads": config.cluster.train_threads,
                     "sharing": config.detect.workers if config.detect.share == "steps" else 1,
-                    "versions": versions.computing(),
+                    "versions": versions.computing(config.cluster.train_runtime_env.pip),
                 }
                 key = stage_key("fit", FIT_VERSION, inputs)
                 fits[detector.kind, arm.name, seed] = key
@@ -370,6 +370,6 @@ def _fit_output(store: Store, key: str) -> Output:
     return store.reported("fit", key)
 
 
-def review(images: ImageSet, scores: np.ndarray, count: int) -> list[int]:
+def review(scores: np.ndarray, count: int) -> list[int]:
     """Rows of the `count` most anomalous images, the most anomalous first."""
     return [int(i) for i in np.argsort(-scores, kind="stable")[:count]]

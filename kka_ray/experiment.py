@@ -395,7 +395,7 @@ def _write_records(
     _write_table(folder / "dpo", pa.Table.from_pylist(history))
     _write_table(folder / "evaluation", pa.Table.from_pylist(evaluation.to_json()))
     images = prepared.normals.validation
-    most = review(images, scores.score, 24)
+    most = review(scores.score, 24)
     names, reasons = zip(*prepared.data.skipped, strict=True) if prepared.data.skipped else ((), ())
     _write_table(
         folder / "skipped",

@@ -28,7 +28,7 @@ from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.describe import drift, prompts
 from kka_ray.describe.guard import Guard
-from kka_ray.errors import StageError
+from kka_ray.errors import ConfigError, StageError
 from kka_ray.features.base import Features
 from kka_ray.features.text import TextEncoder
 from kka_ray.preference import dpo, pairs
@@ -113,8 +113,14 @@ class Loop:
         """`withheld` says whose images never enter the kept set; nothing else of the loop depends on it.
 
         `ahead`: Train jobs are started while what they are to do is still being drawn and judged. Whoever made the
-        pools closes them.
+        pools closes them. Raises ConfigError if the budget is no image.
         """
+        self.budget = budget(config.loop, prepared.count)
+        if not self.budget:
+            raise ConfigError(
+                f"loop.budget: {config.loop.budget:g} of {amount(prepared.count, 'normal')} is less than one image to "
+                "keep; raise it, or set loop.min_budget"
+            )
         self.config, self.store, self.prepared, self.progress = config, store, prepared, progress
         self.withheld = withheld
         self._withheld_ids: set[str] = set()
@@ -126,7 +132,6 @@ class Loop:
         self._pools = pools
         self._starts_ahead = ahead and config.cluster.mode == "disjoint"
         self._ahead: train.Ahead | None = None
-        self.budget = budget(config.loop, prepared.count)
 
     def run(self) -> LoopResult:
         """All rounds and the audit."""
@@ -357,7 +362,7 @@ class Loop:
             "seed": self.config.seed * 1000 + number,
             "threads": self.config.cluster.train_threads,
             "device": train.computes_on(self.config.cluster),
-            "versions": versions.computing(),
+            "versions": versions.computing(self.config.cluster.train_runtime_env.pip),
         }
         key = stage_key("dpo", dpo.VERSION, inputs)
         with self.store.lease("dpo", key):

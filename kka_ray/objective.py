@@ -80,15 +80,20 @@ def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress
 def reference_of(result: LoopResult) -> Reference:
     """The reference in a loop's zero-th round. Raises StageError if it is too small."""
     assert result.audit is not None
-    first = result.rounds[0]
-    wanted = {v.id for v in result.audit.verdicts if v.label in _LABELS}
+    first, told = result.rounds[0], result.audit.diagnostics
+    # Images of an evaluator that collapsed are between as well: it says nothing of them.
+    sound = [v for v in result.audit.verdicts if not told.get(f"fold_{v.fold}/collapsed")]
+    wanted = {v.id for v in sound if v.label in _LABELS}
     ids = tuple(sorted(id_ for id_ in first.drawn.ids if id_ in wanted))
     if len(ids) < FEWEST:
         labels = sorted(v.label for v in result.audit.verdicts)
         counts = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(labels)) or "none"
+        collapsed = len(result.audit.verdicts) - len(sound)
         raise StageError(
             f"a zero-th round of the base configuration has {len(ids)} hard or between images, fewer than {FEWEST}: "
-            f"nothing to measure trials with (drawn: {counts}). Raise run.loop.lines, or run.confusion.upper for a "
+            f"nothing to measure trials with (drawn: {counts}"
+            + (f"; evaluators that collapsed judged {collapsed} of them" if collapsed else "")
+            + "). Raise run.loop.lines, or run.confusion.upper for a "
             "wider hard band"
         )
     withheld = frozenset(_words(d.text) for d in first.descriptions if d.text)

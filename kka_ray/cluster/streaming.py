@@ -402,7 +402,7 @@ class Streamer:
             "threads": config.cluster.renderers.threads,
             "device": computes_on(config.cluster.renderers, config.cluster),
             "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
-            "versions": versions.computing(),
+            "versions": versions.computing(config.cluster.renderers.runtime_env.pip),
         }
         return RenderTask(rows=tuple(seeded), round=number, normals=normals, inputs=inputs)
 
