@@ -112,7 +112,9 @@ class Pool:
     _owner: dict[Any, _Worker] = field(default_factory=dict)
     _group: Any = None
     _bad_starts: int = 0
-    """Workers in succession that died before they were ready."""
+    """Workers in succession that died or failed before they were ready."""
+    _can_start: bool = False
+    """Whether any worker was ever ready."""
     _failing: int = 0
     """Workers that were replaced because they failed, since any did what it was given."""
     _idle_since: float = 0.0
@@ -250,22 +252,29 @@ class Pool:
         except RayTaskError as error:
             if isinstance(error.cause, KkaError):
                 raise error.cause from None
-            raise StageError(f"{self.name}: a worker cannot load its model: {error}") from error
+            if not self._can_start:
+                raise StageError(f"{self.name}: a worker cannot load its model: {error}") from error
+            # What the worker before it held may not be free yet, as a GPU's memory.
+            self._start_again(worker, error, f"{type(error.cause).__name__}: {error.cause}")
         except RuntimeEnvSetupError as error:
             raise ResourceError(
                 f"{self.name}: the packages or variables of cluster.{self.name}.runtime_env cannot be set up: {error}"
             ) from error
         except RayError as error:  # it died, its node did, or Ray ended it for lack of memory
-            self._bad_starts += 1
-            if self._bad_starts > self.config.max_restarts:
-                raise StageError(
-                    f"{self.name}: {self._bad_starts} workers in succession died as they started; the last: {error}"
-                ) from error
-            self._replace(worker, str(error))
+            self._start_again(worker, error, str(error))
         else:
-            self._bad_starts = 0
+            self._bad_starts, self._can_start = 0, True
             del self._owner[worker.loading]
             worker.loading = None
+
+    def _start_again(self, worker: _Worker, error: RayError, why: str) -> None:
+        """Another worker for one that did not start, unless too many before it did not either."""
+        self._bad_starts += 1
+        if self._bad_starts > self.config.max_restarts:
+            raise StageError(
+                f"{self.name}: {self._bad_starts} workers in succession died as they started; the last: {why}"
+            ) from error
+        self._replace(worker, why)
 
     def _let_go(self, worker: _Worker) -> None:
         """The chunk in front is done with; the next one's time begins."""

@@ -32,6 +32,11 @@ class FakeWorker:
             os._exit(1)
         if self.start == "mistake":
             raise ConfigError("no such model")
+        if self.start in ("full", "second full"):
+            number = sum(name.startswith("loaded") for name in os.listdir(self.folder))
+            open(f"{self.folder}/loaded-{number}", "w").close()
+            if self.start == "full" or number == 1:
+                raise RuntimeError("no memory is free")
 
     def work(self, task: Task) -> dict[str, str]:
         if self.broken and any(id_ not in task.failed for id_, _ in task.rows):

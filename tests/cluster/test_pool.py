@@ -87,6 +87,15 @@ def test_a_row_that_fails_alone_is_blamed_after_as_many_attempts_on_sound_worker
     assert results == {i: {"0-nan": "FloatingPointError: not finite"} for i in range(2)}
 
 
+def test_one_that_takes_anothers_place_may_fail_to_start_and_the_first_may_not(make: Any, tmp_path: Path) -> None:
+    results = work(make(tmp_path, start="second full"), fakes.rows("ok", "crash once"), fakes.rows("ok"))
+    assert results == {0: {"0-ok": "", "1-crash": ""}, 1: {"0-ok": ""}}
+    assert len(list(tmp_path.glob("loaded-*"))) == 3
+    with pytest.raises(StageError, match="(?s)cannot load its model.*no memory is free"):
+        work(make(tmp_path, start="full"), fakes.rows("ok"))
+    assert len(list(tmp_path.glob("loaded-*"))) == 4
+
+
 @pytest.mark.slow
 def test_workers_that_only_fail_end_the_run(make: Any) -> None:
     pool = make(start="broken", max_restarts=0, chunk_attempts=1)
