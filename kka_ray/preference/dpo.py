@@ -24,7 +24,7 @@ from trl import DPOConfig
 from kka_ray import assets
 from kka_ray.config.models import PreferenceConfig
 from kka_ray.errors import ConfigError, StageError
-from kka_ray.preference.packing import Packer
+from kka_ray.preference.packing import Packer, check_packed, mask_of
 from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
@@ -76,7 +76,7 @@ def train_dpo(
             of an uninterrupted training; by default, and with a sharded model, nothing is kept.
 
     Raises StageError if the loss is not finite, no weight changed or `config.max_length` cuts off all that a pair
-    differs by; ConfigError for impossible settings.
+    differs by; ConfigError for impossible settings, or a model that cannot be trained on packed batches.
     """
     sharded = config.sharding == "fsdp"
     if sharded and cpu:
@@ -92,11 +92,12 @@ def train_dpo(
         tokenizer.pad_token = tokenizer.eos_token
     base = _load_base(path, config, trust_remote_code)
     continued = previous is not None and config.reference == "previous"
+    packer = Packer(config.max_length, mask_of(base))
     policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
     trainer = PackedDPOTrainer(
         model=policy,
         args=_arguments(config, seed, work, workers, cpu=cpu, checkpoints=checkpoints is not None and not sharded),
-        data_collator=Packer(config.max_length),
+        data_collator=packer,
         train_dataset=Dataset.from_list(
             [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
         ),
@@ -107,6 +108,9 @@ def train_dpo(
     if previous is not None and not continued:
         # Given a plain model TRL takes the model without its adapter as reference; the adapter may then be continued.
         set_peft_model_state_dict(trainer.model, load_file(previous / "adapter_model.safetensors"))
+    if not sharded:  # whose parts lie nowhere yet
+        exact = config.dtype == "float32" and not config.load_in_4bit
+        check_packed(trainer.model, packer, trainer.train_dataset, model, exact=exact)
     before = trainable(trainer.model)
     trainer.train_on(work / "resumed")
     after = trainable(trainer.model)

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from kka_ray.errors import StageError
+from kka_ray.errors import ConfigError, StageError
+
+_EXACT, _ROUNDED = 1e-3, 0.1
+"""Nats a token by which a line may differ in a packed batch, in float32 and in half precision."""
 
 Tokens = tuple[int, ...]
 Line = tuple[Tokens, Tokens]
@@ -26,14 +29,16 @@ Line = tuple[Tokens, Tokens]
 class Packer:
     """Makes a packed batch of tokenised pairs: dicts with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
-    def __init__(self, max_length: int) -> None:
-        """`max_length` cuts the end of prompt and line together, in tokens."""
-        self.max_length = max_length
+    def __init__(self, max_length: int, additive: torch.dtype | None = None) -> None:
+        """`max_length` cuts the end of prompt and line together, in tokens. `additive`: the dtype of a mask that is
+        added to the weights of attention, as plain (eager) attention does, which takes a Boolean one for 0 and 1."""
+        self.max_length, self.additive = max_length, additive
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, with L tokens in all, T tokens of lines and B pairs.
 
-        `input_ids` and `position_ids` are (1, L), `attention_mask` (1, 1, L, L) is True where a token is seen.
+        `input_ids` and `position_ids` are (1, L), `attention_mask` (1, 1, L, L) is True (additive: 0)
+        where a token is seen.
         `logits_to_keep` (K,) are the places whose logits are wanted; token t of the lines is `targets[t]`, predicted
         at the kept place `predicted_at[t]`, and belongs to line `line_of[t]`; `chosen` and `rejected` (B,) are lines,
         `lines` their tokens.
@@ -53,7 +58,45 @@ class Packer:
                 )
             for side, members in sides.items():
                 members.append(lines.setdefault((prompt, cut[side]), len(lines)))
-        return {**_pack(list(lines)), **{side: torch.tensor(members) for side, members in sides.items()}}
+        batch = {**_pack(list(lines)), **{side: torch.tensor(members) for side, members in sides.items()}}
+        if self.additive is not None:
+            seen, least = batch["attention_mask"], torch.finfo(self.additive).min
+            batch["attention_mask"] = torch.zeros(seen.shape, dtype=self.additive).masked_fill(~seen, least)
+        return batch
+
+
+def mask_of(model: Any) -> torch.dtype | None:
+    """What a `Packer` for a transformers model wants as `additive`."""
+    eager = getattr(model.config, "_attn_implementation", None) == "eager"
+    return model.dtype if eager else None
+
+
+@torch.no_grad()
+def check_packed(model: Any, packer: Packer, pairs: Sequence[dict[str, Any]], name: str, *, exact: bool) -> None:
+    """Raises ConfigError if a model gives the lines of the longest pair other log-probabilities in a packed batch than
+    each by itself: recurrent layers carry a state from line to line, and windows of attention are lost with the mask.
+
+    `exact`: the model computes in float32 and its weights are not quantised.
+    """
+    longest = max(pairs, key=lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])))
+    device = next(model.parameters()).device
+    batch = packer([longest])
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    training = model.training
+    model.eval()
+    packed = log_probs(model, moved).cpu()
+    worst = 0.0
+    for number, (prompt, line) in enumerate(batch["lines"]):
+        logits = model(input_ids=torch.tensor([prompt + line], device=device), use_cache=False).logits[0].float().cpu()
+        said = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(line)[:, None]).sum()
+        worst = max(worst, float((packed[number] - said).abs()) / max(len(line), 1))
+    model.train(training)
+    if worst > (_EXACT if exact else _ROUNDED):
+        raise ConfigError(
+            f"describe.sampler.model: DPO cannot train {name} ({model.config.model_type}): in a batch of several lines "
+            f"its log-probabilities differ from those of each line alone by {worst:.2g} a token, as with recurrent "
+            "layers or windows of attention. Name a model with full attention, or set loop.rounds=0"
+        )
 
 
 def _pack(lines: list[Line]) -> dict[str, Any]:

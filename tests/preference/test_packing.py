@@ -1,9 +1,18 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from kka_ray.errors import StageError
-from kka_ray.preference.packing import Packer, SamePromptSampler, log_probs
+from kka_ray.errors import ConfigError, StageError
+from kka_ray.preference.packing import Packer, SamePromptSampler, check_packed, log_probs, mask_of
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10], "rejected_ids": [11, 12, 13]},
@@ -38,6 +47,50 @@ def test_packed_lines_have_the_log_probabilities_they_have_alone(model: LlamaFor
         ours = log_probs(model, batch)
         theirs = [alone(model, *line) for line in batch["lines"]]
     assert ours.tolist() == pytest.approx(theirs, abs=1e-4)
+
+
+def tiny(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_model_whose_attention_adds_its_mask_gets_one_to_add() -> None:
+    neo = GPTNeoConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        initializer_range=0.5,
+        max_position_embeddings=32,
+    )
+    model = tiny(neo)
+    assert model.config._attn_implementation == "eager"
+    check_packed(model, Packer(64, mask_of(model)), PAIRS, "neo", exact=True)
+    assert model.training, "the mode is what it was"
+    with pytest.raises(ConfigError, match=r"cannot train neo \(gpt_neo\)"):
+        check_packed(model, Packer(64), PAIRS, "neo", exact=True)
+
+
+def test_a_model_that_carries_a_state_from_line_to_line_is_refused(model: LlamaForCausalLM) -> None:
+    assert mask_of(model) is None
+    check_packed(model, Packer(64), PAIRS, "llama", exact=True)
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
+    hybrid = tiny(
+        Lfm2Config(
+            vocab_size=32, hidden_size=32, intermediate_size=64, num_attention_heads=4, initializer_range=0.5, **layers
+        )
+    )
+    with pytest.raises(ConfigError, match=r"cannot train org/hybrid \(lfm2\).*loop\.rounds=0"):
+        check_packed(hybrid, Packer(64, mask_of(hybrid)), PAIRS, "org/hybrid", exact=True)
+
+
+def test_windows_of_attention_are_seen_in_the_longest_pair() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    window = {"sliding_window": 4, "num_key_value_heads": 2, "initializer_range": 0.5}
+    model = tiny(MistralConfig(vocab_size=32, **sizes, **window))
+    with pytest.raises(ConfigError, match="cannot train org/windows"):
+        check_packed(model, Packer(64), PAIRS, "org/windows", exact=True)
 
 
 def test_each_prompt_and_each_line_is_read_once() -> None:
