@@ -93,15 +93,17 @@ def _run(
     _check_libraries(config)
     check_renderer(config.render)
     check_outside(config, 1)
-    new = not (place.here / "config.yaml").is_file()
-    hash_ = claim(place, config, hash_)
     store = Store(config.store.uri)
     _check_room(store)
     tracking.check(config)
-    with session(config.cluster, verbose=verbose), computing(config.cluster.driver_threads), ExitStack() as stack:
-        unbegun = stack.enter_context(ExitStack())
-        if new:
-            unbegun.push(lambda _, error, __: disclaim(place) if isinstance(error, KkaError) else None)
+    new = not (place.here / "config.yaml").is_file()
+    hash_ = claim(place, config, hash_)
+    with (
+        disclaiming(place, "config.yaml", "config_hash", new=new) as unbegun,
+        session(config.cluster, verbose=verbose),
+        computing(config.cluster.driver_threads),
+        ExitStack() as stack,
+    ):
         make_plan(config).check(nodes())
         with closing(Pools(config, store.uri)) as pools:
             pools.open()  # their models are loaded while the normals are read
@@ -171,12 +173,23 @@ def claim(place: Place, config: RunConfig, hash_: str) -> str:
     return hash_
 
 
-def disclaim(place: Place) -> None:
-    """Undoes `claim` for a run that ended before a line was written: with a setting mended, its name is free."""
-    for file in ("config.yaml", "config_hash"):
-        place.remove(file)
-    with suppress(OSError):  # something else lies there
-        place.here.rmdir()
+@contextmanager
+def disclaiming(place: Place, *files: str, new: bool) -> Iterator[ExitStack]:
+    """Undoes the claim of a new run or sweep, the files that it wrote, if the block ends with a KkaError before what is
+    yielded is emptied with `pop_all`: with a setting mended, its name is free."""
+
+    def disclaim(_: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, KkaError):
+            return
+        for file in files:
+            place.remove(file)
+        with suppress(OSError):  # something else lies there
+            place.here.rmdir()
+
+    with ExitStack() as unbegun:
+        if new:
+            unbegun.push(disclaim)
+        yield unbegun
 
 
 @contextmanager
@@ -217,7 +230,8 @@ def _check_same(place: Place, config: RunConfig) -> None:
 
 def differences(there: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """The names under which two configurations, by dotted name, do not say the same."""
-    return sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
+    absent = object()  # not null: that may be another value than the default
+    return sorted(name for name in there.keys() | ours.keys() if there.get(name, absent) != ours.get(name, absent))
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:

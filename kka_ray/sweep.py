@@ -37,7 +37,7 @@ from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
-from kka_ray.experiment import ANOTHER_NAME, absolute, check_outside, computing, differences, writing
+from kka_ray.experiment import ANOTHER_NAME, absolute, check_outside, computing, differences, disclaiming, writing
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, budget
@@ -128,11 +128,16 @@ def _run(
     for trial in trials:
         check_renderer(trial.config.render)
     _check_outside(champions)
-    _claim(place, sweep.config)
     store = Store(base.store.uri)
     tracking.check(base)
     uri = tracking.tracking_uri(base)
-    with session(base.cluster, verbose=verbose), computing(base.cluster.driver_threads):
+    new = not (place.here / "sweep.yaml").is_file()
+    _claim(place, sweep.config)
+    with (
+        disclaiming(place, "sweep.yaml", new=new) as unbegun,
+        session(base.cluster, verbose=verbose),
+        computing(base.cluster.driver_threads),
+    ):
         plan_of(sweep).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
@@ -144,6 +149,7 @@ def _run(
             f"{amount(len(reference.normals), 'drawn normal')}, the same in {amount(len(sweep.trials), 'trial')}"
         )
         params = {"trials": len(sweep.trials), "seed": sweep.config.seed, "objective": sweep.config.objective}
+        unbegun.pop_all()
         parent = tracking.start_run(uri, base.tracking.experiment, sweep.config.name, params)
         job = _Job(trials, reference, uri, base.tracking.experiment, parent)
         try:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from kka_ray import assets, experiment
 from kka_ray.config import RunConfig, config_hash, load
 from kka_ray.data.decode import encode_png
-from kka_ray.errors import ConfigError, DataError, ResourceError
+from kka_ray.errors import ConfigError, DataError, ResourceError, StoreError
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.places import Place, opened
 from kka_ray.prepare import prepare
@@ -313,6 +313,25 @@ def test_the_name_of_a_run_that_wrote_no_line_is_free_for_it_when_mended(
     with pytest.raises(DataError, match="seed 2"):
         experiment.run(run_config(seed=2, **there), lambda *_: None, pytest.fail)
     assert (tmp_path / "runs" / "x" / "config.yaml").is_file()
+
+
+def test_a_run_that_its_store_its_room_its_tracking_or_its_cluster_refused_leaves_its_name_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ResourceError("refused")
+
+    there = {"output": str(tmp_path / "runs")}
+    with pytest.raises(StoreError, match="nosuch"):
+        experiment.run(run_config(store={"uri": "nosuch://x"}, **there), lambda *_: None, pytest.fail)
+    assert not (tmp_path / "runs" / "x").exists()
+    config = run_config(store={"uri": str(tmp_path / "store")}, **there)
+    for owner, name in ((experiment, "_check_room"), (experiment.tracking, "check"), (experiment, "session")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(ResourceError, match="refused"):
+                experiment.run(config, lambda *_: None, pytest.fail)
+        assert not (tmp_path / "runs" / "x").exists(), name
 
 
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="run `kka setup`")

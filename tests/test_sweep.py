@@ -26,7 +26,7 @@ from kka_ray.config.sweep import Sweep, Trial, champion_config, load_sweep
 from kka_ray.confusion.judge import JudgeResult, LatentMap
 from kka_ray.confusion.selection import KeptImage
 from kka_ray.data.decode import encode_png
-from kka_ray.errors import ConfigError, DataError, ResourceError, StageError
+from kka_ray.errors import ConfigError, DataError, ResourceError, StageError, StoreError
 from kka_ray.evaluation import unseen_drawn_normals
 from kka_ray.experiment import absolute, claim, computing
 from kka_ray.features.base import Features
@@ -492,6 +492,53 @@ def test_a_sweep_whose_base_changed_is_another_sweep(tmp_path: Path) -> None:
     started("loop: {lines: 32}\ncluster: {in_flight: 3}\noutput: elsewhere\n", "other")  # the same results
     with pytest.raises(ConfigError, match=r"holds another sweep \(run\.loop\.lines\).*-o name=NAME"):
         started("loop: {lines: 64}\n")
+    with pytest.raises(ConfigError, match=r"holds another sweep \(run\.render\.guidance\)"):
+        started("loop: {lines: 32}\nrender: {guidance: null}\n")  # by default it is a number
+
+
+def test_the_name_of_a_sweep_that_began_no_trial_is_free_for_it_when_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swept(*overrides: str, store: str = str(tmp_path / "store")) -> Sweep:
+        there = (f"run.output={tmp_path / 'runs'}", f"run.store.uri={store}")
+        return load_sweep(ROOT / "tune_configs" / "smoke.yaml", [*there, *overrides])
+
+    def started(what: Sweep) -> None:
+        sweep.run(what, sweep._quiet, pytest.fail, lambda text: None)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise StageError("refused")
+
+    folder = tmp_path / "runs" / "smoke"
+    with pytest.raises(StoreError, match="nosuch"):
+        started(swept(store="nosuch://x"))
+    assert not folder.exists()
+    monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep, "session", refuse)
+    with pytest.raises(StageError, match="refused"):
+        started(swept())
+    assert not folder.exists()
+    monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "make_reference", refuse)
+    for lines in (48, 64):
+        with pytest.raises(StageError, match="refused"):
+            started(swept(f"run.loop.lines={lines}"))
+        assert not folder.exists()
+
+    sweep._claim(Place(str(folder), folder), swept().config)  # and then interrupted
+    with pytest.raises(StageError, match="refused"):
+        started(swept())
+    assert [f.name for f in folder.iterdir()] == ["sweep.yaml"]
+
+    (folder / "sweep.yaml").unlink()
+    monkeypatch.setattr(sweep, "make_reference", lambda *_: reference_of(zeroth()))
+    monkeypatch.setattr(sweep.tracking, "start_run", lambda *_, **__: "run")
+    monkeypatch.setattr(sweep.tracking, "end_run", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "run_trials", refuse)
+    with pytest.raises(StageError, match="refused"):
+        started(swept())
+    assert [f.name for f in folder.iterdir()] == ["sweep.yaml"], "its trials had begun"
 
 
 def test_a_sweep_that_cannot_write_says_where(small: Sweep, tmp_path: Path) -> None:
