@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from kka_ray.errors import ConfigError, StageError
 
-_EXACT, _ROUNDED = 1e-3, 0.1
+_EXACT, _ROUNDED = 1e-3, 0.3
 """Nats a token by which a line may differ in a packed batch, in float32 and in half precision."""
 
 Tokens = tuple[int, ...]
