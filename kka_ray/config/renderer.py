@@ -119,11 +119,9 @@ class RendererConfig(Strict):
     tracking: TrackingConfig = TrackingConfig(experiment="kka-renderers")
 
     @model_validator(mode="after")
-    def _data_is_named_where_it_is_read(self) -> RendererConfig:
+    def _folder_of_images_is_named(self) -> RendererConfig:
         sources = [s.data if isinstance(s, DataSource) else s for s in self.sources]
         paths = [s.path for s in sources if not isinstance(s, FlowersSource | FlowersData)]
-        if PurePath(self.data) != PurePath() and not paths:
-            raise ValueError("data: no source reads a folder, all are drawn; leave it out, or name sources that do")
         # Whoever leaves it out need not know that it would be whatever folder the command is given in.
         if "data" not in self.model_fields_set and any(PurePath(path) == PurePath() for path in paths):
             raise ValueError(
