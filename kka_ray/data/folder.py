@@ -31,6 +31,8 @@ _FOREIGN = frozenset(
 """Of images in formats that are not read: they are listed as unreadable, not passed over. Files with other suffixes,
 and hidden files, are not taken for images."""
 
+_IMAGES = SUFFIXES | _FOREIGN
+
 GOOD = "good"
 
 TEMPLATES = (
@@ -303,7 +305,7 @@ def image_files(folder: Path, *, recursive: bool) -> list[Path]:
     try:
         for path in _walk(folder, set()) if recursive else folder.iterdir():
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if path.suffix.lower() in SUFFIXES | _FOREIGN and not hidden and (path.is_file() or _leads_nowhere(path)):
+            if path.suffix.lower() in _IMAGES and not hidden and (path.is_file() or _leads_nowhere(path)):
                 files.append(path)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error}); give access to it, or move it away") from error
