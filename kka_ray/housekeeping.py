@@ -79,13 +79,13 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     with places.opened(output, *_OF_RUNS) as place:
         if not place.here.is_dir():
             raise DataError(f"there is no folder {output}; name the folder of the runs with --output")
-        if not store.filesystem.exists(store.root):
-            raise DataError(f"there is no store {store_uri}; name it with --store")
         if place.vanished:
             raise DataError(
                 f"{', '.join(place.vanished)} in {output} went while it was being read: a run there has just begun. "
                 "Run the command again"
             )
+        if not store.filesystem.exists(store.root):
+            raise DataError(f"there is no store {store_uri}; name it with --store")
         inside = _is_inside(store, output)
         runs = _runs(place.here, store)
     if (delete or places.is_uri(output)) and not runs and not inside:
