@@ -78,12 +78,19 @@ def policies(adapters: list[Path]) -> dict[Path | None, Policy]:
 
 
 @pytest.fixture(scope="module", params=["merged", "lora"])
-def engine(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
+def started(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
     sampler = VllmSampler(
         kind="vllm", dtype="bfloat16", kv_cache_gib=0.25, max_model_len=256, adapter=request.param, max_lora_rank=8
     )
     with engine_process(DescribeConfig(sampler=sampler, max_tokens=12)) as process:
         yield process
+
+
+@pytest.fixture
+def engine(started: EngineProcess) -> EngineProcess:
+    """The engine with the base model, whatever an earlier test left in it."""
+    started.load_adapter(None)
+    return started
 
 
 def all_log_probs(engine: TransformersEngine | EngineProcess) -> np.ndarray:
@@ -99,12 +106,15 @@ def sample_with(engine: EngineProcess, folder: Path | None) -> None:
 def test_the_policy_follows_the_adapter(
     engine: EngineProcess, adapters: list[Path], policies: dict[Path | None, Policy]
 ) -> None:
-    """vLLM in bfloat16 is about as far from the exact policy as transformers in bfloat16 is."""
+    """vLLM in bfloat16 is about as far from the exact policy as transformers in bfloat16 is.
+
+    How far depends on the processor's instructions for bfloat16: up to 2.1 times as far was seen. Other policies are
+    more than 5 times as far.
+    """
     for folder in (None, adapters[0], adapters[1], None, adapters[0]):
         # Fills the prefix cache with states that the next adapter must not find.
         sample_with(engine, folder)
-        assert policies[folder].distance(all_log_probs(engine)) < 2 * policies[folder].rounding
-    engine.load_adapter(None)
+        assert policies[folder].distance(all_log_probs(engine)) < 3 * policies[folder].rounding
 
 
 def test_an_adapter_that_cannot_be_read_does_not_spoil_the_engine(engine: EngineProcess, tmp_path: Path) -> None:
@@ -126,7 +136,6 @@ def test_what_is_written_comes_from_the_adapters_policy(engine: EngineProcess, a
             own.load_adapter(judge)
             rows = own.log_probs([p for p in PROMPTS for _ in range(16)], [line for row in lines for line in row])
             means[writer, judge] = np.mean([value for row in rows for value in row])
-    engine.load_adapter(None)
     assert means[None, None] > means[None, adapters[0]] + 0.2
     assert means[adapters[0], adapters[0]] > means[adapters[0], None] + 0.2
 
