@@ -113,7 +113,7 @@ def _optional_packages(config: RunConfig | None) -> Iterator[Finding]:
     needed = set()
     if config and config.describe.sampler.kind == "vllm" and not config.cluster.samplers.runtime_env.pip:
         needed.add("vllm")
-    if config and config.preference.load_in_4bit:
+    if config and config.preference.load_in_4bit and not config.cluster.train_runtime_env.pip:
         needed.add("bitsandbytes")
     extras = {"vllm": "vllm", "bitsandbytes": "quantised"}
     for name, use in _OPTIONAL.items():

@@ -90,11 +90,11 @@ def _run(
     parent: str | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    _check_libraries(config)
+    check_libraries(config)
     check_renderer(config.render)
     check_outside(config, 1)
     store = Store(config.store.uri)
-    _check_room(store)
+    check_room(store)
     tracking.check(config)
     new = not (place.here / "config.yaml").is_file()
     hash_ = claim(place, config, hash_)
@@ -456,9 +456,13 @@ def _from_root(path: str) -> str:
     return path if places.is_uri(path) else absolute_path(path)
 
 
-def _check_libraries(config: RunConfig) -> None:
-    """Raises ConfigError if a library is missing that is first used when half of the run is done."""
-    if config.loop.rounds and config.preference.load_in_4bit and find_spec("bitsandbytes") is None:
+def check_libraries(config: RunConfig) -> None:
+    """Raises ConfigError if a library is missing that is first used when half of the run is done.
+
+    Where Ray installs packages for the training alone, nothing is known of them here.
+    """
+    wanted = config.loop.rounds and config.preference.load_in_4bit and not config.cluster.train_runtime_env.pip
+    if wanted and find_spec("bitsandbytes") is None:
         raise ConfigError(
             "preference.load_in_4bit needs bitsandbytes, which is not installed here: pip install -e '.[quantised]', "
             "or train on the whole model with -o preference.load_in_4bit=false"
@@ -476,7 +480,8 @@ def check_outside(config: RunConfig, count: int) -> None:
         raise DataError(f"detect.outside: {error}. Or leave outside out of detect.controls") from error
 
 
-def _check_room(store: Store) -> None:
+def check_room(store: Store) -> None:
+    """Raises ResourceError if the store has less room than any run takes."""
     free = store.free_bytes()
     if free is not None and free < _NEEDED_BYTES:
         raise ResourceError(

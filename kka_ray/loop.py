@@ -358,7 +358,7 @@ class Loop:
             "pairs": pairs_output.key,
             "previous": previous,
             "model": assets.resolve(sampler.model).identity,
-            "config": self.config.preference.model_dump(mode="json"),
+            "config": self.config.preference.training(),
             "seed": self.config.seed * 1000 + number,
             "threads": self.config.cluster.train_threads,
             "device": train.computes_on(self.config.cluster),

@@ -37,7 +37,18 @@ from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
-from kka_ray.experiment import ANOTHER_NAME, absolute, check_outside, computing, differences, disclaiming, writing
+from kka_ray.experiment import (
+    ANOTHER_NAME,
+    absolute,
+    check_libraries,
+    check_outside,
+    check_room,
+    computing,
+    differences,
+    disclaiming,
+    warnings,
+    writing,
+)
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
 from kka_ray.loop import Loop, LoopResult, Progress, budget
@@ -126,9 +137,11 @@ def _run(
     # The best trial's own run is the last thing that is done, and any may be the best.
     champions = [t.config for t in trials] if sweep.config.champion_evaluation else []
     for trial in trials:
+        check_libraries(trial.config)
         check_renderer(trial.config.render)
     _check_outside(champions)
     store = Store(base.store.uri)
+    check_room(store)
     tracking.check(base)
     uri = tracking.tracking_uri(base)
     new = not (place.here / "sweep.yaml").is_file()
@@ -143,6 +156,9 @@ def _run(
         ledger = leases.start() if sweep.config.concurrency > 1 else None
         prepared = prepare(base, store)
         _check_outside(champions, prepared)
+        for config in {t.config.render.pipeline: t.config for t in trials}.values():
+            for warning in warnings(config, store, prepared):
+                say(warning)
         reference = make_reference(base, store, prepared, progress)
         note(
             f"reference: {amount(len(reference.ids), 'drawn anomaly', 'drawn anomalies')} and "

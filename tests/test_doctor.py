@@ -149,6 +149,8 @@ def test_what_a_configuration_lacks_is_named(monkeypatch, tmp_path):
     assert found["describe.sampler.model"].remedy == "hf download org/llm --revision abc"
     assert "-o backbone.model=" in found["backbone.model"].remedy
     assert found["render.pipeline"].state == "ok"
+    installed = _config(preference={"load_in_4bit": True}, cluster={"train_runtime_env": {"pip": ["bitsandbytes"]}})
+    assert _by_name(examine(installed))["bitsandbytes"].state == "info"
 
 
 def _no_hub(name, *, local_only):

@@ -252,6 +252,8 @@ def test_a_library_that_half_of_a_run_later_is_missing_is_named_before_it(
     with pytest.raises(ConfigError, match=r"bitsandbytes.*'\.\[quantised\]'"):
         experiment.run(config, lambda *_: None, print)
     assert list(tmp_path.iterdir()) == []
+    elsewhere = {"train_runtime_env": {"pip": ["bitsandbytes"]}}
+    experiment.check_libraries(run_config(preference={"load_in_4bit": True}, cluster=elsewhere))
 
 
 def test_outside_images_that_are_not_there_are_named_before_the_run(
@@ -326,7 +328,7 @@ def test_a_run_that_its_store_its_room_its_tracking_or_its_cluster_refused_leave
         experiment.run(run_config(store={"uri": "nosuch://x"}, **there), lambda *_: None, pytest.fail)
     assert not (tmp_path / "runs" / "x").exists()
     config = run_config(store={"uri": str(tmp_path / "store")}, **there)
-    for owner, name in ((experiment, "_check_room"), (experiment.tracking, "check"), (experiment, "session")):
+    for owner, name in ((experiment, "check_room"), (experiment.tracking, "check"), (experiment, "session")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refuse)
             with pytest.raises(ResourceError, match="refused"):

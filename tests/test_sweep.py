@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kka_ray import assets, objective, sweep
+from kka_ray import assets, experiment, objective, sweep
 from kka_ray.cluster import fits, train
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config import load
@@ -415,6 +415,7 @@ def test_trials_keep_what_they_make_in_the_drivers_folders(
     monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
     monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep, "warnings", lambda *_: [])
     monkeypatch.setattr(sweep, "make_reference", lambda *_: reference_of(zeroth()))
     monkeypatch.setattr(sweep, "measure", measured)
     monkeypatch.setattr(sweep, "run_trials", trials)
@@ -456,6 +457,37 @@ def test_outside_images_that_the_best_trial_would_lack_end_a_sweep_before_its_tr
         (others / f"{n}.png").write_bytes(encode_png(np.full((8, 8, 3), 80 * n, np.uint8)))
     with pytest.raises(DataError, match=r"detect\.outside: .*holds 2 images, but 3 outside images are wanted"):
         sweep.run(swept, sweep._quiet, pytest.fail, pytest.fail)
+
+
+def test_a_sweep_looks_first_at_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [f"run.output={tmp_path / 'runs'}", f"run.store.uri={tmp_path / 'store'}"]
+
+    def start(*overrides: str, say: Any = pytest.fail) -> None:
+        sweep.run(
+            load_sweep(ROOT / "tune_configs" / "smoke.yaml", [*there, *overrides]), sweep._quiet, say, pytest.fail
+        )
+
+    monkeypatch.setattr(experiment, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes"):
+        start("run.preference.workers=1", "run.preference.load_in_4bit=true")
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as full:
+        full.setattr(Store, "free_bytes", lambda _: 1_000_000)
+        with pytest.raises(ResourceError, match=r"only 1 MB are free"):
+            start()
+    assert not (tmp_path / "runs" / "smoke").exists()
+
+    def reference(*_: Any) -> Any:
+        raise StageError(f"after {said}")
+
+    said: list[str] = []
+    monkeypatch.setattr(sweep, "session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(sweep, "prepare", lambda *_: SimpleNamespace(count=100))
+    monkeypatch.setattr(sweep, "warnings", lambda config, *_: [f"{config.render.pipeline} draws something else"])
+    monkeypatch.setattr(sweep, "make_reference", reference)
+    with pytest.raises(StageError, match=r"after \['builtin:flowers draws something else'\]"):
+        start(say=said.append)
 
 
 def test_a_sweep_that_is_started_again_refers_to_everything(small: Sweep, tmp_path: Path) -> None:
@@ -515,6 +547,7 @@ def test_the_name_of_a_sweep_that_began_no_trial_is_free_for_it_when_mended(
     assert not folder.exists()
     monkeypatch.setattr(sweep, "nodes", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(sweep, "prepare", lambda *_: None)
+    monkeypatch.setattr(sweep, "warnings", lambda *_: [])
     monkeypatch.setattr(sweep, "session", refuse)
     with pytest.raises(StageError, match="refused"):
         started(swept())

@@ -46,8 +46,8 @@ def estimate(config: RunConfig, store: Store) -> list[Estimate]:
         output.seconds / max(len(output.marker["inputs"]["rows"]), 1)
         for output in _like(store, "render", {"config": render_config(config), "threads": cluster.renderers.threads})
     )
-    preference = config.preference.model_dump(mode="json")
-    dpo = _mean(o.seconds for o in _like(store, "dpo", {"config": preference, "threads": cluster.train_threads}))
+    training = {"config": config.preference.training(), "threads": cluster.train_threads}
+    dpo = _mean(output.seconds for output in _like(store, "dpo", training))
     fits = [
         _mean(o.seconds for o in _like(store, "fit", {"detector": d.model_dump(mode="json")}))
         for d in config.detect.detectors

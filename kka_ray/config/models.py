@@ -6,7 +6,7 @@ This module imports neither torch nor ray, so that a configuration can be read a
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -328,6 +328,10 @@ class PreferenceConfig(Strict):
         if self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
         return self
+
+    def training(self) -> dict[str, Any]:
+        """What a training depends on beside its pairs, which have come of the rest."""
+        return self.model_dump(mode="json", exclude={"rejected", "min_pairs", "max_pairs"})
 
     @model_validator(mode="after")
     def _shards_can_be_made(self) -> PreferenceConfig:

@@ -11,6 +11,7 @@ nearer to the band come first.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -114,6 +115,8 @@ def _judged(image: KeptImage, verdict: Verdict | None) -> KeptImage | None:
 
 def _order(image: KeptImage, seed: int) -> tuple[int, float, bytes]:
     within = image.hardness if image.label in ("between", "easy") else 0.0
+    if image.label == "between" and within == 0:
+        within = math.inf  # between it lies above the band: 0 is of an evaluator that collapsed and knows nothing
     return _RANK[image.label], within, _lot(image.id, seed)
 
 

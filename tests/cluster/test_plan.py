@@ -119,7 +119,7 @@ def test_the_time_is_that_of_the_same_stages_before(tmp_path: Path) -> None:
     record("sample", {**known, "prompts": [["p", "x", 2], ["q", "x", 2]]}, 8.0)
     record("sample", {**known, "config": {"another": 1}, "prompts": [["p", "x", 1]]}, 80.0)
     record("render", {"config": render_config(asked), "threads": 1, "rows": [[], []]}, 1.0)
-    record("dpo", {"config": asked.preference.model_dump(mode="json"), "threads": 2}, 3.0)
+    record("dpo", {"config": asked.preference.training(), "threads": 2}, 3.0)
     for k, detector in enumerate(asked.detect.detectors):
         record("fit", {"detector": detector.model_dump(mode="json")}, 0.5 + k / 1000)
     found = {e.stage: e.seconds for e in estimate(asked, store)}

@@ -51,14 +51,14 @@ def test_one_whose_places_others_had_starts_again_when_it_is_told(
 ) -> None:
     started: list[Any] = []
     is_told = threading.Event()
-    run, opened = train.run, train.Ahead._open
+    opened = train.Ahead._open
 
-    def late(name: str, function: Any, *rest: Any, **named: Any) -> None:
+    def late(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
         started.append(function)
         if len(started) == 1:
             assert told == "after its wait" or is_told.wait(30)
             raise NotFreeError("its places were not free")
-        run(name, function, *rest, **named)
+        function({**arguments, "threads": 1})
 
     def tell(ahead: train.Ahead, arguments: dict[str, Any] | None) -> None:
         opened(ahead, arguments)

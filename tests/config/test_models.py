@@ -23,6 +23,12 @@ def test_what_cannot_be_sharded_is_refused(values: dict[str, object], remedy: st
     assert PreferenceConfig(sharding="fsdp", workers=2).sharding == "fsdp"
 
 
+def test_how_pairs_are_chosen_is_no_part_of_their_training() -> None:
+    training = PreferenceConfig().training()
+    assert training == PreferenceConfig(rejected=("normal_like",), min_pairs=2, max_pairs=9).training()
+    assert training != PreferenceConfig(beta=0.2).training()
+
+
 def test_a_pool_that_may_not_have_its_workers_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"max_workers \(1\) is less than workers \(2\)"):
         PoolConfig(workers=2, max_workers=1)

@@ -51,6 +51,12 @@ def test_of_those_beside_the_band_the_nearer_come_first() -> None:
         assert [k.hardness for k in kept] == [13, 12, 11, 10, 9]
 
 
+def test_what_a_collapsed_evaluator_judged_comes_after_what_is_known() -> None:
+    new = [verdict("a", "between", hardness=0), verdict("b", "between", hardness=12), verdict("c", "easy", hardness=20)]
+    kept = [update([], new, "rep", size, rounds=1, round=1, seed=0) for size in (1, 2)]
+    assert [[k.id for k in images] for images in kept] == [["b"], ["a", "b"]]
+
+
 def test_hard_ones_are_not_taken_from_the_lower_edge() -> None:
     new = [verdict(f"x{i:03d}", "hard", hardness=3 + i / 100) for i in range(300)]
     kept = update([], new, "rep", 100, rounds=1, round=1, seed=0)

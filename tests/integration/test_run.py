@@ -12,10 +12,7 @@ from PIL import Image
 
 from tests.integration.tiny_run import finish, kka, markers, models_are_missing, resume, start, summary
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`"),
-]
+pytestmark = pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +39,7 @@ def test_a_run_leaves_complete_records(undisturbed: Path) -> None:
     assert (undisturbed / "runs" / "mlflow.db").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_makes_nothing_anew(undisturbed: Path) -> None:
     made, before = markers(undisturbed), summary(undisturbed)
     finish(start(undisturbed))
@@ -69,6 +67,7 @@ def test_the_summary_has_the_fields_that_others_read(undisturbed: Path) -> None:
 _STAGES = ("flowers", "features", "prompts", "sample", "drift", "render", "judge", "pairs", "dpo", "fit", "the end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", _STAGES)
 def test_a_killed_run_is_finished_and_makes_nothing_twice(undisturbed: Path, tmp_path: Path, stage: str) -> None:
     """Killed as the stage has its first output, and at the end as the run's folder is written."""
@@ -91,6 +90,7 @@ def files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_kept_at_a_uri_is_read_from_there(undisturbed: Path, tmp_path: Path) -> None:
     kept = f"file://{tmp_path}/kept/runs"
     options = (f"output={kept}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
@@ -112,6 +112,7 @@ def test_a_run_that_is_kept_at_a_uri_is_read_from_there(undisturbed: Path, tmp_p
     assert finish(kka(undisturbed, "resume", f"{kept}/tiny"))
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_folder_is_refused(undisturbed: Path) -> None:
     process = start(undisturbed, "loop.rounds=0")
     output, _ = process.communicate(timeout=120)

@@ -9,7 +9,10 @@ from mlflow import MlflowClient
 
 from tests.integration.tiny_run import TINY, finish, kka, models_are_missing
 
-pytestmark = pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(models_are_missing(), reason="the built-in models are missing: run `kka setup`"),
+]
 
 _RUN = {k: v for k, v in TINY.items() if k != "name"}
 # More lines and a wider band than the tiny run, as the trials are measured with half of the hard images; and few fits.

@@ -48,7 +48,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in results}
 
 
-@pytest.mark.parametrize("sft", [0.0, 0.5])
+@pytest.mark.parametrize("sft", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_packed_batches_train_as_trl_does(tmp_path: Path, sft: float) -> None:
     """Step for step the loss of TRL's own trainer, which reads a padded row a line."""
     from datasets import Dataset

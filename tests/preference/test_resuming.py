@@ -57,7 +57,7 @@ def train(
     return result, load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("batch", "breaks_at"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("batch", "breaks_at"), [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2), (4, 1)])
 @pytest.mark.parametrize("reference", ["base", "previous"])
 def test_a_training_goes_on_bit_for_bit(tmp_path: Path, model: str, batch: int, breaks_at: int, reference: str) -> None:
     """An epoch has four steps, or two: the first checkpoint, after ten steps, lies within one or at its end."""
