@@ -93,6 +93,7 @@ def submit_and_follow(
     `client` stands in for Ray's `JobSubmissionClient`. Raises ConfigError or ResourceError before anything is
     submitted; a job that fails is a status and not an error.
     """
+    entry(wanted, here=True)  # what no cluster would take is said before one is asked
     headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
     entrypoint = entry(wanted, here=_is_here(address, headers))
     environment = runtime_env(wanted, os.environ, token=bool(headers))

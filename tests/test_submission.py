@@ -217,6 +217,15 @@ def test_what_would_fail_on_the_cluster_is_refused_here(
         entry(Submission(verb, repository / file, overrides, repository), here=False)
 
 
+def test_a_configuration_that_no_cluster_would_take_is_refused_before_one_is_asked(
+    repository: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "authenticate", lambda *_, **__: pytest.fail("the cluster was asked"))
+    wanted = Submission("run", repository / "run.yaml", (*SHARED, "loop.ronds=1"), repository)
+    with pytest.raises(ConfigError, match="did you mean 'rounds'"):
+        submission.submit_and_follow(wanted, "http://nowhere:8265", console)
+
+
 @pytest.fixture
 def extending(repository: Path) -> Callable[[str], list[Submission]]:
     """`extending(NAME)` are runs and sweeps of the repository that extend what `configs/NAME` is, in every way."""

@@ -50,8 +50,9 @@ class JudgeResult:
 
     diagnostics, all finite: for each fold `k` that judged something, `fold_k/` with `judged`, `trained_on` (drawn
     images), `relative_variance` of the validation normals' embeddings, `collapsed` (0 or 1) and `auc` of the validation
-    normals against the held-out drawn images; over all, `collapsed_folds`, mean `auc`, `band_lower`, `band_upper`,
-    `band_easy`, `band_empty`, and the shares `share/LABEL`. With no images there is `drawn` = 0 alone.
+    normals against the held-out drawn images; over all, `drawn` (images), `collapsed_folds`, mean `auc`,
+    `median_hardness`, the shares `share/LABEL`, and with a band its `band_lower`, `band_upper`, `band_easy` and
+    `band_empty` (0 or 1). With no images there is `drawn` = 0 alone.
     trained_on: for each fold that judged something, the ids of the drawn images that its evaluator trained on.
     band: None with rule `paper` and with no images.
     """
