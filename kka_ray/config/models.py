@@ -329,10 +329,6 @@ class PreferenceConfig(Strict):
             raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
         return self
 
-    def training(self) -> dict[str, Any]:
-        """What a training depends on beside its pairs, which have come of the rest."""
-        return self.model_dump(mode="json", exclude={"rejected", "min_pairs", "max_pairs"})
-
     @model_validator(mode="after")
     def _shards_can_be_made(self) -> PreferenceConfig:
         if self.sharding == "fsdp" and self.workers == 1:
@@ -340,6 +336,10 @@ class PreferenceConfig(Strict):
         if self.sharding == "fsdp" and self.load_in_4bit:
             raise ValueError("a model in 4 bits cannot be sharded: set load_in_4bit to false or sharding to none")
         return self
+
+    def training(self) -> dict[str, Any]:
+        """What a training depends on beside its pairs, which have come of the rest."""
+        return self.model_dump(mode="json", exclude={"rejected", "min_pairs", "max_pairs"})
 
     @model_validator(mode="after")
     def _batch_is_shared_out(self) -> PreferenceConfig:
