@@ -254,11 +254,25 @@ class DeepSad(Strict):
 class KnnEvaluator(Strict):
     """Mean cosine distance to the nearest training normals. Learns nothing from the drawn images."""
 
-    kind: Literal["knn"]
+    kind: Literal["knn"] = "knn"
     neighbours: int = Field(5, ge=1)
 
 
-Evaluator = Annotated[DeepSad | KnnEvaluator, Field(discriminator="kind")]
+class FusedEvaluator(Strict):
+    """Deep SAD and k-NN together: the geometric mean of their distances, on features."""
+
+    kind: Literal["fused"] = "fused"
+    deep_sad: DeepSad = DeepSad()
+    knn: KnnEvaluator = KnnEvaluator()
+
+    @model_validator(mode="after")
+    def _reads_features(self) -> FusedEvaluator:
+        if self.deep_sad.input == "pixels":
+            raise ValueError("deep_sad.input: pixels has no k-NN beside it, which reads features; use kind: deep_sad")
+        return self
+
+
+Evaluator = Annotated[DeepSad | KnnEvaluator | FusedEvaluator, Field(discriminator="kind")]
 
 
 class ConfusionConfig(Strict):

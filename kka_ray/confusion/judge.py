@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field, fields
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from kka_ray.config.models import ConfusionConfig, DeepSad, KnnEvaluator
+from kka_ray.config.models import ConfusionConfig, DeepSad, FusedEvaluator, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
 from kka_ray.confusion.deep_sad import DeepSadEvaluator
+from kka_ray.confusion.fused import Fused
 from kka_ray.confusion.hardness import Band, Label, Scale, paper_labels
 from kka_ray.confusion.knn import Knn
 from kka_ray.errors import StageError
@@ -113,9 +114,15 @@ class _Fold:
         return self.relative_variance <= COLLAPSED
 
 
-def make_evaluator(config: DeepSad | KnnEvaluator) -> Evaluator:
+def make_evaluator(config: DeepSad | KnnEvaluator | FusedEvaluator) -> Evaluator:
     """The evaluator of a configuration, not fitted."""
-    return DeepSadEvaluator(config) if isinstance(config, DeepSad) else Knn(config)
+    match config:
+        case DeepSad():
+            return DeepSadEvaluator(config)
+        case KnnEvaluator():
+            return Knn(config)
+        case FusedEvaluator():
+            return Fused(config)
 
 
 def rows(config: ConfusionConfig, features: Features) -> np.ndarray:

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from kka_ray.config.models import PoolConfig, PreferenceConfig
+from kka_ray.config.models import FusedEvaluator, PoolConfig, PreferenceConfig
 from kka_ray.config.renderer import RendererConfig
 
 
@@ -27,6 +27,11 @@ def test_how_pairs_are_chosen_is_no_part_of_their_training() -> None:
     training = PreferenceConfig().training()
     assert training == PreferenceConfig(rejected=("normal_like",), min_pairs=2, max_pairs=9).training()
     assert training != PreferenceConfig(beta=0.2).training()
+
+
+def test_an_evaluator_on_pixels_is_not_fused_with_one_on_features() -> None:
+    with pytest.raises(ValidationError, match="use kind: deep_sad"):
+        FusedEvaluator.model_validate({"deep_sad": {"input": "pixels"}})
 
 
 def test_a_pool_that_may_not_have_its_workers_is_refused() -> None:

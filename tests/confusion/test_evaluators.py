@@ -1,4 +1,4 @@
-"""Deep SAD and k-NN: ranking by distance, determinism, collapse, pixels."""
+"""Deep SAD, k-NN and both together: ranking by distance, determinism, collapse, pixels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from kka_ray.config.models import DeepSad, KnnEvaluator
+from kka_ray.config.models import DeepSad, FusedEvaluator, KnnEvaluator
 from kka_ray.confusion.base import COLLAPSED, Evaluator, relative_variance
 from kka_ray.confusion.deep_sad import DeepSadEvaluator
+from kka_ray.confusion.fused import Fused
 from kka_ray.confusion.hardness import Scale
 from kka_ray.confusion.knn import Knn
 from kka_ray.encoders.whitening import Whitening
@@ -25,7 +26,8 @@ NONE = np.zeros((0, DIMENSIONS), np.float32)
     [
         lambda: DeepSadEvaluator(DeepSad()),
         lambda: DeepSadEvaluator(DeepSad(components=None)),
-        lambda: Knn(KnnEvaluator(kind="knn")),
+        lambda: Knn(KnnEvaluator()),
+        lambda: Fused(FusedEvaluator()),
     ],
 )
 def test_scores_rise_with_the_distance_of_unseen_anomalies(make) -> None:
@@ -157,10 +159,24 @@ def test_pixels_learn() -> None:
     ],
 )
 def test_bad_normals_are_refused(rows: np.ndarray, message: str) -> None:
-    for evaluator in (DeepSadEvaluator(DeepSad()), Knn(KnnEvaluator(kind="knn"))):
+    for evaluator in (DeepSadEvaluator(DeepSad()), Knn(KnnEvaluator()), Fused(FusedEvaluator())):
         with pytest.raises(StageError) as error:
             evaluator.pretrain(rows, seed=0)
         assert message in str(error.value)
+
+
+def test_fused_hardness_lies_between_the_two_it_is_made_of() -> None:
+    normals, validation, anomalies = cloud(300, 0, 0), cloud(200, 0, 1), cloud(40, 1.5, 2)
+    unseen = np.concatenate([cloud(40, d, 20 + d) for d in range(4)])
+    deep_sad = DeepSad(epochs=5)
+    fused = Fused(FusedEvaluator(deep_sad=deep_sad))
+    parts = (DeepSadEvaluator(deep_sad), Knn(KnnEvaluator()))
+    logs = []
+    for evaluator in (fused, *parts):
+        evaluator.fit(normals, anomalies, seed=0)
+        logs.append(np.log(evaluator.score(unseen).astype(np.float64)))
+    assert np.allclose(logs[0], (logs[1] + logs[2]) / 2, atol=1e-5)
+    assert np.array_equal(fused.embed(validation), parts[0].embed(validation))
 
 
 def test_pixels_must_be_small_bytes() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from kka_ray.config.models import ConfusionConfig, DeepSad, KnnEvaluator
+from kka_ray.config.models import ConfusionConfig, DeepSad, FusedEvaluator, KnnEvaluator
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion.deep_sad import DeepSadEvaluator
 from kka_ray.confusion.judge import JudgeResult, audit, fold_of, judge
@@ -149,7 +149,7 @@ def test_very_few_images(count: int) -> None:
         assert result.trained_on == {result.verdicts[0].fold: ()}
 
 
-@pytest.mark.parametrize("evaluator", [DeepSad(epochs=5), KnnEvaluator(kind="knn")])
+@pytest.mark.parametrize("evaluator", [DeepSad(epochs=5), KnnEvaluator(), FusedEvaluator(deep_sad=DeepSad(epochs=5))])
 def test_collapse_is_reported_and_judges_nobody(evaluator) -> None:
     constant = np.full((40, DIMENSIONS), 0.2, np.float32)
     result = judge(*drawn(12), constant, constant[:10], CONFIG.model_copy(update={"evaluator": evaluator}), 0)
