@@ -49,7 +49,7 @@ $(VLLM_STAMP): pyproject.toml requirements/lock-vllm.txt
 	@touch $@
 
 demo: setup
-	@echo "Running the demo: about 10 minutes on two cores that do nothing else, 1 GB of disk, no network, no data."
+	@echo "Running the demo: about 12 minutes on two cores that do nothing else, 1 GB of disk, no network, no data."
 	$(BIN)/kka run configs/demo.yaml
 
 lint: $(STAMP)

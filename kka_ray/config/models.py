@@ -351,10 +351,6 @@ class PreferenceConfig(Strict):
             raise ValueError("a model in 4 bits cannot be sharded: set load_in_4bit to false or sharding to none")
         return self
 
-    def training(self) -> dict[str, Any]:
-        """What a training depends on beside its pairs, which have come of the rest."""
-        return self.model_dump(mode="json", exclude={"rejected", "min_pairs", "max_pairs"})
-
     @model_validator(mode="after")
     def _batch_is_shared_out(self) -> PreferenceConfig:
         at_once = self.workers * self.micro_batch
@@ -364,6 +360,10 @@ class PreferenceConfig(Strict):
                 f"{self.micro_batch}): set it to {-(-self.batch // at_once) * at_once}, or lower micro_batch"
             )
         return self
+
+    def training(self) -> dict[str, Any]:
+        """What a training depends on beside its pairs, which have come of the rest."""
+        return self.model_dump(mode="json", exclude={"rejected", "min_pairs", "max_pairs"})
 
 
 # --- loop ---------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_bad_normals_are_refused(rows: np.ndarray, message: str) -> None:
         assert message in str(error.value)
 
 
-def test_fused_hardness_lies_between_the_two_it_is_made_of() -> None:
+def test_the_logarithm_of_a_fused_distance_is_the_mean_of_both() -> None:
     normals, validation, anomalies = cloud(300, 0, 0), cloud(200, 0, 1), cloud(40, 1.5, 2)
     unseen = np.concatenate([cloud(40, d, 20 + d) for d in range(4)])
     deep_sad = DeepSad(epochs=5)
