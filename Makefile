@@ -64,7 +64,7 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not chaos and not vllm"
 
-# Kills workers, drivers and nodes of whole runs at random moments: about 20 minutes on two cores.
+# Kills workers, drivers and nodes of whole runs at random moments: about 50 minutes on two cores.
 test-chaos: setup
 	KKA_CHAOS_RESULT=benchmarks/results/chaos.json $(BIN)/python -m pytest -m chaos tests/chaos
 

@@ -22,6 +22,8 @@ from kka_ray.cluster.session import session
 from kka_ray.cluster.workers import RenderTask, RenderWorker, start
 from kka_ray.config import load
 from kka_ray.config.models import BackboneConfig, ClusterConfig, PoolConfig, RenderConfig, RunConfig
+from kka_ray.features.backbone import Backbone
+from kka_ray.render.index import pipeline_identity
 
 # isort: split
 import ray
@@ -49,6 +51,10 @@ def pool_overhead(chunks: int = 6, turns: int = 5) -> dict[str, Any]:
     Both have one process of the same kind, and take turns; the median over the turns of their ratio less 1.
     """
     config, backbone, size = RenderConfig(steps=10), BackboneConfig(image_size=64), PoolConfig()
+    identities = {
+        "model": pipeline_identity(config.pipeline),
+        "features": {"backbone": Backbone.load(backbone).identity},
+    }
     with tempfile.TemporaryDirectory() as store, session(ClusterConfig()):
         bare = start(_BareLoop, size, "cpu", None, store, config, backbone, False)
         ray.get(bare.load.remote())
@@ -60,7 +66,7 @@ def pool_overhead(chunks: int = 6, turns: int = 5) -> dict[str, Any]:
         )
         ratios = []
         for turn in range(turns + 1):
-            tasks = [_render_task(config.chunk, turn * chunks + k) for k in range(chunks)]
+            tasks = [_render_task(config.chunk, turn * chunks + k, identities) for k in range(chunks)]
             alone = ray.get(bare.draw_all.remote(tasks))
             started = time.perf_counter()
             for number, task in enumerate(tasks):
@@ -72,13 +78,13 @@ def pool_overhead(chunks: int = 6, turns: int = 5) -> dict[str, Any]:
     return {"pool_overhead": statistics.median(ratios) - 1, "pool_overhead_turns": [r - 1 for r in ratios]}
 
 
-def _render_task(rows: int, number: int) -> RenderTask:
+def _render_task(rows: int, number: int, identities: dict[str, Any]) -> RenderTask:
     texts = ("a red flower with five petals", "a small blue flower with a yellow centre")
     return RenderTask(
         rows=tuple((f"{number}-{i}", texts[i % 2], number * 1000 + i) for i in range(rows)),
         round=0,
         normals=None,
-        inputs={"chunk": number},
+        inputs={"chunk": number, **identities},
     )
 
 

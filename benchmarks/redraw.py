@@ -79,8 +79,9 @@ def measure(run: Path, draws: int) -> dict[str, Any]:
             own = [decode(picture, "a drawn normal") for picture in captions[captions["status"] == "ok"]["image"]]
             rows = judge.with_drawn_normals(*rows, rows_of(own))
         drawn = rows_of(there)
+        confusion = config.confusion.model_copy(update={"rule": "band"})
         ids = [f"r0-{i:06d}" for i in range(len(there))]
-        found = judge.audit(ids, [0] * len(ids), drawn, texts * draws, *rows, config.confusion, config.seed)
+        found = judge.judge(ids, [0] * len(ids), drawn, texts * draws, *rows, confusion, config.seed)
     by_id = {verdict.id: verdict for verdict in found.verdicts}
     hardness = np.array([by_id[id_].hardness for id_ in ids]).reshape(draws, -1)
     labels = np.array([by_id[id_].label for id_ in ids]).reshape(draws, -1)

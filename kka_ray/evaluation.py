@@ -194,8 +194,8 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
             arms.append(_arm(config, store, prepared, kind, images, _extracted(store, prepared, bare(images))))
         elif loop.normals.ids:
             ids = loop.normals.ids[: len(kept)]
-            key = _put(store, prepared, loop.normals.features.take(range(len(ids))), kind, ids)
-            arms.append(_arm(config, store, prepared, kind, loop.normals.images[: len(ids)], key))
+            key = _put(store, prepared, loop.normals.features.take(range(len(ids))), ids)
+            arms.append(_arm(config, store, prepared, kind, loop.normals.images(ids), key))
     return arms
 
 
@@ -207,7 +207,7 @@ def _control_images(config: RunConfig, prepared: Prepared, kind: str, count: int
 
 
 def _drawn_arm(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult, name: str, ids: list[str]) -> Arm:
-    key = _put(store, prepared, loop.features(ids), name, ids)
+    key = _put(store, prepared, loop.features(ids), ids)
     arm = _arm(config, store, prepared, name, loop.images(ids), key)
     return replace(arm, weights=verdict_weights(config.detect.weights, ids, loop.verdicts))
 
@@ -242,7 +242,7 @@ def _extracted(store: Store, prepared: Prepared, images: ImageSet) -> str:
     return extract_output(store, prepared.backbone, images, prepared.patches).key
 
 
-def _put(store: Store, prepared: Prepared, features: Features, name: str, ids: list[str]) -> str:
+def _put(store: Store, prepared: Prepared, features: Features, ids: list[str]) -> str:
     """Stores the features of a set that was put together of several outputs, under a key of their own content."""
     inputs = feature_inputs(prepared.backbone.config, prepared.backbone.identity, prepared.patches) | {
         "set": ids,
@@ -265,7 +265,7 @@ def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopR
     shown = range(len(loop.normals.ids))[TRAINED]
     both = Features.join([prepared.train, loop.normals.features.take(shown)])
     ids = [*prepared.normals.train.ids, *(loop.normals.ids[i] for i in shown)]
-    return real, _put(store, prepared, both, "train", ids)
+    return real, _put(store, prepared, both, ids)
 
 
 def unseen_drawn_normals(config: RunConfig, loop: LoopResult) -> Features:
@@ -335,6 +335,7 @@ def _fit_all(
         arguments = {
             "store": store.uri,
             "backbone": config.backbone,
+            "backbone_identity": prepared.backbone.identity,
             "patches": prepared.patches,
             "validation": validation_key,
             "false_positive_rate": config.detect.false_positive_rate,

@@ -371,6 +371,7 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
         "unique_share": r.unique_share,
         "distinct_2": r.distinct_2,
         "perplexity": r.perplexity,
+        "unscored": r.unscored,
         "usage": r.usage,
         "kept": len(r.kept),
         "status": r.status,

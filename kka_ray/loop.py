@@ -22,7 +22,7 @@ from kka_ray.amounts import amount
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
 from kka_ray.cluster.streaming import Drawn, Pools, Streamer
-from kka_ray.config.models import ApiSampler, LoopConfig, RunConfig, share_of
+from kka_ray.config.models import ApiSampler, ConfusionConfig, LoopConfig, RunConfig, share_of
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
 from kka_ray.confusion.selection import KeptImage
@@ -64,6 +64,8 @@ class Round:
     diagnostics: dict[str, float]
     usage: dict[str, int] = field(default_factory=dict)
     """What was asked of an API: requests, retries, prompt_tokens, completion_tokens; empty for a model of our own."""
+    unscored: int = 0
+    """Lines that `perplexity` leaves out, as they could not be scored."""
 
 
 @dataclass
@@ -87,8 +89,17 @@ class LoopResult:
 
     def images(self, ids: list[str]) -> list[np.ndarray]:
         """Drawn images by id, in that order."""
-        where = {id_: image for r in self.rounds for id_, image in zip(r.drawn.ids, r.drawn.images, strict=True)}
-        return [where[id_] for id_ in ids]
+        where = {id_: r.drawn for r in self.rounds for id_ in r.drawn.ids}
+        wanted: dict[int, list[str]] = {}
+        for id_ in ids:
+            wanted.setdefault(id(where[id_]), []).append(id_)
+        image = {
+            id_: image
+            for r in self.rounds
+            if (of_round := wanted.get(id(r.drawn)))
+            for id_, image in zip(of_round, r.drawn.images(of_round), strict=True)
+        }
+        return [image[id_] for id_ in ids]
 
 
 def budget(config: LoopConfig, normals: int) -> int:
@@ -253,7 +264,7 @@ class Loop:
 
         def make(attempt: Attempt) -> None:
             self._start_ahead(len(result.rounds))  # a round that is found in the store is soon followed by the next
-            log_probs, usage = self.streamer.log_probs(asked, lines) if measured else (None, {})
+            log_probs, usage, unscored = self.streamer.log_probs(asked, lines) if measured else (None, {}, 0)
             stripped = [line.strip() for line in lines]
             attempt.json(
                 {
@@ -262,55 +273,66 @@ class Loop:
                     "unique_share": drift.unique_share(stripped),
                     "perplexity": None if log_probs is None else drift.perplexity(log_probs),
                     "usage": usage,
+                    "unscored": unscored,
                 },
                 "drift",
             )
 
-        return dict(self.store.get_or_make("drift", drift.VERSION, key_inputs, make).json("drift"))
+        output = self.store.get_or_make("drift", drift.VERSION, key_inputs, make)
+        found = dict(output.json("drift"))
+        if found["unscored"]:  # the next run may score all of them
+            self.store.remove("drift", output.key)
+            self.store.used.discard(("drift", output.key))
+        return found
 
     def _judge(self, result: LoopResult, drawn: Drawn, descriptions: list[Description]) -> judging.JudgeResult:
         """Cross-fitted verdicts on all images drawn so far."""
-        return self._cross_fit(judging.judge, [r.drawn for r in result.rounds] + [drawn], result, descriptions)
+        return self._cross_fit(self.config.confusion, [r.drawn for r in result.rounds] + [drawn], result, descriptions)
 
     def _audit(self, result: LoopResult) -> judging.JudgeResult:
-        """One auditor over all rounds, with one band."""
-        return self._cross_fit(judging.audit, [r.drawn for r in result.rounds], result, [])
+        """Verdicts on all rounds by one auditor with one band, so that rounds can be compared.
+
+        Those of the rounds come from evaluators that saw different images. The rule is `band` whatever the
+        configuration says, as the paper's rule calls a fixed number of images easy; where it is, the auditor is the
+        last round's evaluator.
+        """
+        config = self.config.confusion.model_copy(update={"rule": "band"})
+        return self._cross_fit(config, [r.drawn for r in result.rounds], result, [])
 
     def _cross_fit(
         self,
-        function: Callable[..., judging.JudgeResult],
+        confusion: ConfusionConfig,
         drawn: list[Drawn],
         result: LoopResult,
         newest: list[Description],
     ) -> judging.JudgeResult:
-        config, prepared = self.config, self.prepared
+        seed, prepared = self.config.seed, self.prepared
         text_of = {d.id: d.text for r in result.rounds for d in r.descriptions} | {d.id: d.text for d in newest}
         ids = [id_ for d in drawn for id_ in d.ids]
         rounds = [int(id_[1:].split("-")[0]) for id_ in ids]
         parts = [d.features for d in drawn if len(d.ids)]
         features = Features.join(parts) if parts else prepared.train.take([])
-        train = judging.rows(config.confusion, prepared.train)
-        validation = judging.rows(config.confusion, prepared.validation)
-        if config.confusion.drawn_normals and len(result.normals.ids) >= 4:
-            own = judging.rows(config.confusion, result.normals.features)
+        train = judging.rows(confusion, prepared.train)
+        validation = judging.rows(confusion, prepared.validation)
+        if confusion.drawn_normals and len(result.normals.ids) >= 4:
+            own = judging.rows(confusion, result.normals.features)
             train, validation = judging.with_drawn_normals(train, validation, own)
-        judged = judging.rows(config.confusion, features)
+        judged = judging.rows(confusion, features)
         texts = [text_of[id_] for id_ in ids]
-        stage = function.__name__
         inputs = {
             "drawn": _digest([ids, rounds, texts]),
             "arrays": [hashlib.sha256(np.ascontiguousarray(x).data).hexdigest() for x in (judged, train, validation)],
-            "config": config.confusion.model_dump(mode="json"),
-            "seed": config.seed,
+            "config": confusion.model_dump(mode="json"),
+            "seed": seed,
             "threads": torch.get_num_threads(),
             "versions": versions.computing(),
         }
 
         def make(attempt: Attempt) -> None:
-            found = function(ids, rounds, judged, texts, train, validation, config.confusion, config.seed)
+            found = judging.judge(ids, rounds, judged, texts, train, validation, confusion, seed)
             judging.write_result(attempt, found)
 
-        return judging.read_result(self.store.get_or_make(stage, judging.VERSION, inputs, make))
+        return judging.read_result(self.store.get_or_make("judge", judging.VERSION, inputs, make))
 
     def _keep(self, result: LoopResult, drawn: Drawn, descriptions: list[Description], number: int) -> list[KeptImage]:
         loop = self.config.loop

@@ -97,7 +97,8 @@ def reference_of(result: LoopResult) -> Reference:
             "wider hard band"
         )
     withheld = frozenset(_words(d.text) for d in first.descriptions if d.text)
-    return Reference(ids, tuple(result.images(list(ids))), tuple(result.normals.images[UNSEEN]), withheld)
+    normals = result.normals.images(result.normals.ids[UNSEEN])
+    return Reference(ids, tuple(result.images(list(ids))), tuple(normals), withheld)
 
 
 def validation_auc(

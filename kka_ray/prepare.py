@@ -78,7 +78,7 @@ def extract(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -
 def extract_output(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Output:
     """The output of stage `features` that `extract` reads."""
     inputs = feature_inputs(backbone.config, backbone.identity, patches) | {
-        "images": images.identity(),
+        "images": images.pixels_identity(),
         "threads": torch.get_num_threads(),
     }
     return store.get_or_make(

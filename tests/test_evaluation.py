@@ -31,6 +31,7 @@ from kka_ray.loop import LoopResult
 from kka_ray.prepare import bare
 from kka_ray.records import Verdict
 from kka_ray.store import Store, stage_key
+from tests.drawn import drawn_of
 
 
 def test_images_weigh_by_their_last_verdict_and_alike_by_default() -> None:
@@ -160,11 +161,11 @@ def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: 
 
     def played(number: int, kept: Sequence[str]) -> Any:
         ids = [f"r{number}-{i}" for i in range(4)]
-        part = Drawn(ids=ids, images=images(10 + number, 4), features=features(10 + number, 4))
+        part = drawn_of(ids, images(10 + number, 4), features(10 + number, 4))
         return SimpleNamespace(drawn=part, kept=[SimpleNamespace(id=id_) for id_ in kept])
 
     rounds = [played(0, ["r0-0", "r0-1", "r0-2"]), played(1, ["r0-1", "r1-2", "r1-3"])]
-    own = Drawn(ids=[f"n{i}" for i in range(5)], images=images(20, 5), features=features(20, 5))
+    own = drawn_of([f"n{i}" for i in range(5)], images(20, 5), features(20, 5))
     verdicts = {id_: SimpleNamespace(label="hard" if id_ == "r1-2" else "easy") for r in rounds for id_ in r.drawn.ids}
     loop = LoopResult([], normals=own, verdicts=verdicts)  # type: ignore[arg-type]
     loop.rounds = rounds

@@ -102,9 +102,9 @@ def test_enough_pairs_train_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_perplexity_of_lines_is_that_after_the_prompts_as_they_are_now(tmp_path: Path) -> None:
     scored: list[list[str]] = []
 
-    def log_probs(prompts: list[str], lines: list[str]) -> tuple[list[list[float]], dict[str, int]]:
+    def log_probs(prompts: list[str], lines: list[str]) -> tuple[list[list[float]], dict[str, int], int]:
         scored.append(prompts)
-        return [[-float(len(prompt))] for prompt in prompts], {}
+        return [[-float(len(prompt))] for prompt in prompts], {}, 0
 
     loop: Any = Loop.__new__(Loop)
     loop.config, loop.store = RunConfig(name="x", data=FlowersData(kind="flowers")), Store(str(tmp_path))
@@ -144,3 +144,28 @@ def test_the_places_that_were_kept_for_dpo_are_given_up_before_it_starts(
     else:
         loop._train([PreferencePair("p", "a", "b", "prompt", "chosen", "rejected")], None, 1)
     assert done == ["given up", "started"]
+
+
+def test_a_perplexity_of_some_of_the_lines_is_measured_anew_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring may fail for a moment: what is kept under the key of all lines is of all of them."""
+    loop = Loop.__new__(Loop)
+    loop.config, loop.store = RunConfig(name="x", data=FlowersData(kind="flowers")), Store(str(tmp_path))
+    loop.encoder = SimpleNamespace(embed=lambda lines: np.eye(len(lines)))  # type: ignore[assignment]
+    monkeypatch.setattr(loop, "_start_ahead", lambda number: None, raising=False)
+    result, raw = LoopResult([Prompt("p000", "a list", ())]), [("p000", " a line\n"), ("p000", " another\n")]
+    unscored = iter((1, 0))
+
+    def log_probs(prompts: list[str], lines: list[str]) -> tuple[list[list[float]], dict[str, int], int]:
+        missing = next(unscored)
+        return [[], [-1.0]] if missing else [[-3.0], [-1.0]], {}, missing
+
+    loop.streamer = SimpleNamespace(log_probs=log_probs, sampler_inputs=dict)  # type: ignore[assignment]
+    found = [loop._drift(result, raw) for _ in range(3)]
+    assert [f["unscored"] for f in found] == [1, 0, 0]
+    assert found[0]["perplexity"] == pytest.approx(np.exp(1))
+    assert found[1]["perplexity"] == found[2]["perplexity"] == pytest.approx(np.exp(2))
+    assert [key for stage, key in loop.store.used if stage == "drift"] == [
+        key for stage, key in loop.store.names() if stage == "drift"
+    ]

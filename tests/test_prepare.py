@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kka_ray.config.models import Cifar100Data, FlowersData, RunConfig
+from kka_ray.config.models import BackboneConfig, Cifar100Data, FlowersData, RunConfig
 from kka_ray.data import open_data
 from kka_ray.errors import DataError
-from kka_ray.prepare import prepare
+from kka_ray.features.backbone import Backbone
+from kka_ray.prepare import bare, extract_output, prepare
 from kka_ray.prepare import test_set as read_test_set
 from kka_ray.store import Store
 
@@ -42,6 +44,15 @@ def test_what_follows_is_made_anew_at_another_image_size(tmp_path: Path) -> None
     }
     assert found[32] != found[64]
     assert prepare(RunConfig.model_validate(values | {"backbone": {"image_size": 32}}), store).identity == found[32]
+
+
+def test_features_are_computed_once_for_pictures_whatever_they_are_called(tmp_path: Path) -> None:
+    store, backbone = Store(str(tmp_path)), Backbone.load(BackboneConfig(image_size=32))
+    first = bare([np.full((8, 8, 3), value, np.uint8) for value in (1, 2)])
+    called = replace(first, ids=("a", "b"), captions=("a one", "a two"))
+    others = bare([np.full((8, 8, 3), value, np.uint8) for value in (2, 1)])
+    keys = [extract_output(store, backbone, images, False).key for images in (first, called, others)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_run_misses_its_test_files_before_it_reads_its_normals(tmp_path: Path) -> None:

@@ -478,6 +478,9 @@ def test_the_manifests_ask_for_a_token_and_hold_none(name: str) -> None:
         assert set(container["resources"]["limits"]) == {"cpu", "memory"} == set(container["resources"]["requests"])
         assert [m["name"] for m in container["volumeMounts"]] == ["runs"]
         assert not any("TOKEN" in e["name"] and "value" in e for e in container.get("env", []))
+    claim = yaml.safe_load((ROOT / "jobs" / "kuberay" / "claim.yaml").read_text())
+    volumes = [v["persistentVolumeClaim"] for g in groups for v in g["template"]["spec"]["volumes"]]
+    assert {v["claimName"] for v in volumes} == {claim["metadata"]["name"]}
     if name == "rayjob":
         words = spec["entrypoint"].split()
         assert words[:4] == ["python", "-m", "jobs.entry", "run"]

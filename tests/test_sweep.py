@@ -37,6 +37,7 @@ from kka_ray.prepare import prepare
 from kka_ray.records import Description, Verdict
 from kka_ray.store import Store
 from kka_ray.sweep import Outcome, best_of, count_outputs, measure, plan_of, run_trials, sweep_plan, table, to_json
+from tests.drawn import drawn_of
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("hard", "between", "easy", "normal_like")
@@ -52,7 +53,7 @@ def verdict(id_: str, label: Any, round: int = 0) -> Verdict:
 
 def drawn(ids: list[str]) -> Drawn:
     images = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(len(ids))]
-    return Drawn(ids=ids, images=images, features=Features(np.zeros((len(ids), 2), np.float32)))
+    return drawn_of(ids, images, Features(np.zeros((len(ids), 2), np.float32)))
 
 
 def played(number: int, descriptions: list[Description], kept: list[KeptImage]) -> Round:
@@ -190,8 +191,10 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
     noise = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(12)]
     apart, result = zeroth(6, labels=("hard",)), zeroth(12, labels=("hard",))
     first = result.rounds[0]
-    apart.rounds[0].drawn.images = noise[:6]
-    first.drawn.images, first.drawn.features = noise, prepared.backbone.extract(noise, prepared.patches)
+    for round_ in (apart.rounds[0], first):
+        shown = noise[: len(round_.drawn.ids)]
+        round_.drawn.renderings = drawn_of(round_.drawn.ids, shown, round_.drawn.features).renderings
+    first.drawn.features = prepared.backbone.extract(noise, prepared.patches)
     reference = reference_of(apart)
     kept = [KeptImage(d.id, 0, "hard") for d in first.descriptions if not reference.withholds(d)]
     first.kept.extend(kept)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+from contextlib import suppress
+
 from kka_ray.store import Store
 
 
 class Checkpoints:
-    """The states of the making of one output, each replaced as a whole. One process of a job writes, all may read."""
+    """The states of the making of one output, each replaced as a whole. One process of a job writes, all may read.
+
+    Two runs may make the same output at once: each then goes on from whichever state was written last.
+    """
 
     def __init__(self, store: Store, stage: str, key: str) -> None:
         self._store = store
@@ -21,14 +27,16 @@ class Checkpoints:
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a state. Raises ResourceError if the storage is full or refuses."""
-        partial = f"{self._path(name)}.partial"
+        partial = f"{self._path(name)}.{uuid.uuid4().hex[:8]}.partial"
         self._store.put(partial, content)
-        self._store.filesystem.mv(partial, self._path(name))
+        with suppress(FileNotFoundError):  # another run has made the output and cleared the folder
+            self._store.filesystem.mv(partial, self._path(name))
 
     def clear(self) -> None:
         """Deletes all of them, once the output is there."""
         if self._store.filesystem.exists(self._folder):
-            self._store.filesystem.rm(self._folder, recursive=True)
+            with suppress(FileNotFoundError):  # another run clears it as well
+                self._store.filesystem.rm(self._folder, recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}.safetensors"

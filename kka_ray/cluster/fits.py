@@ -18,6 +18,7 @@ from torch import Tensor
 from kka_ray.cluster.checkpoints import Checkpoints
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.train import rank
+from kka_ray.cluster.workers import check_identity
 from kka_ray.detectors.training import Training
 from kka_ray.detectors.tuned import VERSION, TunedDetector
 from kka_ray.features.backbone import Backbone
@@ -105,6 +106,7 @@ class Fitter:
     def __init__(self, store: Store, arguments: dict[str, Any]) -> None:
         self._store, self._arguments = store, arguments
         self._backbone = Backbone.load(arguments["backbone"], "cpu")
+        check_identity("the backbone", self._backbone.identity, arguments["backbone_identity"])
         self._normals: dict[str, Features | None] = {}
 
     def make(self, attempt: Attempt | None, fit: dict[str, Any], training: Training) -> None:

@@ -6,12 +6,16 @@ import uuid
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kka_ray.cluster.session import nodes
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import NotFreeError
+
+DIED = (RayActorError, OutOfMemoryError)
+"""What is raised by calls of an actor whose process is gone; the second where Ray ended it for lack of memory."""
 
 
 def reserve(name: str, pool: PoolConfig, cluster: ClusterConfig) -> Any:

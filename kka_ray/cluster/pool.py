@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from kka_ray.cluster.leases import waited
-from kka_ray.cluster.placement import ask, may_grow, release, reserve, seats
+from kka_ray.cluster.placement import DIED, ask, may_grow, release, reserve, seats
 from kka_ray.config.models import ClusterConfig, PoolConfig
 from kka_ray.errors import KkaError, ResourceError, StageError
 
@@ -216,7 +216,7 @@ class Pool:
             item = worker.items[0]
             try:
                 result = ray.get(item.reference)
-            except RayActorError as error:
+            except DIED as error:
                 self._let_go(worker)
                 self._failed(worker, item, worker.ended or "the worker's process died")
                 self._replace(worker, str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kka_ray import assets, versions
+from kka_ray import versions
 from kka_ray.cluster.budget import BudgetError, ErrorBudget
 from kka_ray.cluster.placement import Kept
 from kka_ray.cluster.pool import Pool, drain
@@ -24,6 +24,7 @@ from kka_ray.cluster.workers import (
     ScoreTask,
     device_of,
     line_ids,
+    sample_row,
     start,
 )
 from kka_ray.config.models import ClusterConfig, PoolConfig, RunConfig
@@ -36,6 +37,7 @@ from kka_ray.features.cache import read_features
 from kka_ray.features.device import has_bfloat16
 from kka_ray.prepare import Prepared, feature_inputs, needs_patches
 from kka_ray.records import Description, Prompt, Rendering, from_table
+from kka_ray.render.index import pipeline_identity
 from kka_ray.store import Store, stage_key
 
 NORMALS_ROUND = -1
@@ -48,11 +50,10 @@ class _Progress(Protocol):
 
 @dataclass
 class Drawn:
-    """What a round drew. `ids`, `images` and `features` hold those drawn without error, in the order of the lines."""
+    """What a round drew. `ids` and `features` hold those drawn without error, in the order of the lines."""
 
     renderings: list[Rendering] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    images: list[np.ndarray] = field(default_factory=list)
     features: Features = field(default_factory=lambda: Features(np.zeros((0, 0), np.float32)))
     raw: list[tuple[str, str]] = field(default_factory=list)
     """(prompt id, raw line) of every line written."""
@@ -62,6 +63,11 @@ class Drawn:
     """Ids of images that do not show what their text says, where the configuration asks (`render.match`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that workers spent on the round's chunks, by stage, whenever that was."""
+
+    def images(self, ids: Sequence[str]) -> list[np.ndarray]:
+        """Images by id, in that order, decoded anew each time: those of all rounds may be more than memory holds."""
+        png = {row.id: row.image for row in self.renderings if row.status == "ok"}
+        return [decode(png[id_], id_) for id_ in ids]
 
 
 class Pools:
@@ -145,7 +151,7 @@ class Streamer:
         """The normal captions that were drawn, once a round has run after `submit_normals`."""
         self.sampler_identity = model_identity(config.describe.sampler)
         self._sampler_versions = versions.computing() | sampler_libraries(config)
-        self.renderer_identity = assets.resolve(config.render.pipeline).identity
+        self.renderer_identity = pipeline_identity(config.render.pipeline)
         self._pools, self._samplers, self._renderers, self._turns = pools, pools.samplers, pools.renderers, pools.turns
         self._later: list[tuple[int, RenderTask]] = []
         """Chunks for the renderers, while it is the samplers' turn."""
@@ -154,9 +160,9 @@ class Streamer:
         self._early: list[tuple[Pool, int, Any]] = []
         """What the renderers finished while lines were scored."""
 
-    def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int]]:
-        """Token log-probabilities under the untuned model, shared out among the samplers, and what was asked of an API
-        for them. The renderers are kept at work meanwhile."""
+    def log_probs(self, prompts: list[str], completions: list[str]) -> tuple[list[list[float]], dict[str, int], int]:
+        """Token log-probabilities under the untuned model, shared out among the samplers, what was asked of an API for
+        them, and how many lines could not be scored: these have none. The renderers are kept at work meanwhile."""
         rows = [(f"l{i:06d}", *pair) for i, pair in enumerate(zip(prompts, completions, strict=True))]
         size = self.config.describe.chunk
         budget = ErrorBudget("scoring the lines", len(rows), self.config.cluster)
@@ -173,7 +179,7 @@ class Streamer:
         usage: Counter[str] = Counter()
         for _, taken in parts.values():
             usage.update(taken)
-        return [row for k in sorted(parts) for row in parts[k][0]], dict(usage)
+        return [row for k in sorted(parts) for row in parts[k][0]], dict(usage), len(budget.failed)
 
     def sampler_inputs(self) -> dict[str, Any]:
         """The sampler's part of the keys of what it makes."""
@@ -285,7 +291,7 @@ class Streamer:
         self._lost_lines = ErrorBudget(f"writing the lines of round {number}", config.loop.lines, config.cluster)
         self._lost_images = ErrorBudget(f"drawing the images of round {number}", images, config.cluster)
         count = {id_: n for task in tasks for id_, _, n in task.rows}
-        self._samplers.found = lambda id_, reason: self._lost_lines.add(line_ids(number, id_, count[id_]), reason)
+        self._samplers.found = lambda row, reason: self._lost_lines.add(line_ids(number, row, count[row]), reason)
         self._renderers.found = lambda id_, reason: self._lost_images.add([id_], reason)
         self._failures: set[str] = set()
         """Keys of the rendered chunks with failed rows."""
@@ -304,7 +310,6 @@ class Streamer:
         return Drawn(
             renderings,
             [row.id for row in good],
-            [decode(row.image, row.id) for row in good],
             features if features is not None else self.prepared.train.take([]),
             mismatched={row.id for row in good if match and row.match is not None and row.match < match.least},
             seconds={"render": output.seconds},
@@ -330,8 +335,12 @@ class Streamer:
     def _sample_tasks(self, prompts: list[Prompt], number: int, seed: int, adapter: str | None) -> list[SampleTask]:
         config, lines = self.config.describe, self.config.loop.lines
         share, rest = divmod(lines, len(prompts))
-        wanted = [(p.id, p.text, share + (k < rest)) for k, p in enumerate(prompts)]
-        wanted = [w for w in wanted if w[2]]
+        wanted = []
+        for k, prompt in enumerate(prompts):
+            of_prompt = share + (k < rest)
+            for first in range(0, of_prompt, config.chunk):
+                count = min(config.chunk, of_prompt - first)
+                wanted.append((sample_row(prompt.id, first), prompt.text, count))
         chunks: list[list[tuple[str, str, int]]] = [[]]
         for want in wanted:
             if chunks[-1] and sum(n for _, _, n in chunks[-1]) + want[2] > config.chunk:
@@ -412,7 +421,6 @@ class Streamer:
         drawn.renderings += [row for chunk in chunks for row in chunk.renderings]
         drawn.ids += [id_ for chunk in chunks for id_ in chunk.ids]
         drawn.mismatched |= {id_ for chunk in chunks for id_ in chunk.mismatched}
-        drawn.images += [image for chunk in chunks for image in chunk.images]
         drawn.features = Features.join([chunk.features for chunk in chunks]) if chunks else self.prepared.train.take([])
         drawn.seconds["render"] = sum(chunk.seconds["render"] for chunk in chunks)
 

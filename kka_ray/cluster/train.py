@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
@@ -26,8 +26,8 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kka_ray.cluster.checkpoints import Checkpoints
-from kka_ray.cluster.placement import not_free
-from kka_ray.cluster.workers import runtime_env
+from kka_ray.cluster.placement import DIED, not_free
+from kka_ray.cluster.workers import check_identity, runtime_env
 from kka_ray.config.models import ClusterConfig
 from kka_ray.errors import KkaError, NotFreeError, StageError
 
@@ -89,7 +89,7 @@ def run(
             try:
                 trainer.fit()
                 return
-            except (TrainingFailedError, RayActorError) as error:
+            except (TrainingFailedError, *DIED) as error:
                 if isinstance(_of_controller(error), WorkerGroupStartupTimeoutError):
                     raise not_free(f"the job {name}", workers, cluster.train_cpus, each, cluster) from error
                 if not _unattended(error) or restarts >= cluster.max_restarts:
@@ -178,7 +178,7 @@ class Ahead:
 
     def cancel(self) -> None:
         """Ends the workers: there is nothing to do."""
-        with suppress(RayActorError):  # the cluster may be gone
+        with suppress(*DIED):  # the cluster may be gone
             self._open(None)
         self._thread.join(_CANCEL_SECONDS)
 
@@ -223,7 +223,7 @@ def _of_controller(error: Exception) -> Exception:
 
 def _unattended(error: Exception) -> bool:
     """Whether a worker died while Ray Train was not looking, or its controller did: it starts neither again itself."""
-    return isinstance(_of_controller(error), RayActorError)
+    return isinstance(_of_controller(error), DIED)
 
 
 def _ours(failures: Mapping[int, Exception]) -> KkaError | None:
@@ -265,10 +265,12 @@ def dpo_worker(arguments: dict[str, Any]) -> None:
     """
     import torch
 
+    from kka_ray import assets
     from kka_ray.preference.dpo import VERSION, train_dpo
     from kka_ray.records import PreferencePair, from_table
     from kka_ray.store import Attempt, Store, stage_key
 
+    check_identity("the sampler's model", assets.resolve(arguments["model"]).identity, arguments["inputs"]["model"])
     torch.set_num_threads(arguments["threads"])
     number, workers = rank()
     cpu = device(arguments["cluster"]).type == "cpu"

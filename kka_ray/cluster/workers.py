@@ -18,7 +18,8 @@ import ray
 from kka_ray.cluster.leases import open_store
 from kka_ray.cluster.pool import Task
 from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig, RuntimeEnv
-from kka_ray.describe.sampler import mixed
+from kka_ray.describe.sampler import mixed, model_identity
+from kka_ray.errors import StageError
 from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store
 
@@ -35,7 +36,8 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTask(Task):
-    """Lines to be written: a row is a prompt's id, its text and how many; all with one seed and one adapter."""
+    """Lines to be written: a row is its id (`sample_row`), a prompt's text and how many; all with one seed and one
+    adapter."""
 
     rows: tuple[tuple[str, str, int], ...]
     round: int
@@ -87,12 +89,14 @@ class SamplerWorker:
 
         torch.set_num_threads(self.threads)
         self.engine = build_sampler(self.config, self.device)
+        self.model = model_identity(self.config.sampler)
 
     def work(self, task: SampleTask | ScoreTask) -> str | tuple[list[list[float]], dict[str, int]]:
         """Makes a chunk, unless it is in the store."""
         self.engine.take_usage()  # of what failed before: its answers are lost
         if isinstance(task, ScoreTask):
             return self._score(task)
+        check_identity("the sampler's model", self.model, task.inputs["model"])
         return self.store.get_or_make("sample", SAMPLE_VERSION, _inputs(task), lambda a: self._make(task, a)).key
 
     def probe(self, task: SampleTask | ScoreTask) -> None:
@@ -125,10 +129,10 @@ class SamplerWorker:
             seed = mixed(task.seed, place) if place else task.seed
             written = self.engine.sample([text for _, text in good], count, seed) if good else []
             lines_of = dict(zip([id_ for id_, _ in good], written, strict=True))
-            for prompt_id, _ in group:
-                ids, error = line_ids(task.round, prompt_id, count), task.failed.get(prompt_id, "")
-                for id_, raw in zip(ids, lines_of.get(prompt_id, [""] * count), strict=True):
-                    rows.append({"id": id_, "prompt_id": prompt_id, "raw": raw, "error": error})
+            for row_id, _ in group:
+                ids, error = line_ids(task.round, row_id, count), task.failed.get(row_id, "")
+                for id_, raw in zip(ids, lines_of.get(row_id, [""] * count), strict=True):
+                    rows.append({"id": id_, "prompt_id": _prompt_of(row_id)[0], "raw": raw, "error": error})
         return rows
 
     def _score(self, task: ScoreTask) -> tuple[list[list[float]], dict[str, int]]:
@@ -166,10 +170,12 @@ class RenderWorker:
     def load(self) -> None:
         """Loads the pipeline and the backbone; called once, before anything else."""
         from kka_ray.features.backbone import Backbone
+        from kka_ray.render.index import pipeline_identity
         from kka_ray.render.matching import Matcher
         from kka_ray.render.renderer import Renderer
 
         self.renderer = Renderer.load(self.config, self.device, self.threads)
+        self.model = pipeline_identity(self.config.pipeline)
         self.backbone = Backbone.load(self.backbone_config, self.device)
         self.matcher = Matcher.load(self.config.pipeline, self.device) if self.config.match else None
 
@@ -177,6 +183,8 @@ class RenderWorker:
         """Makes a chunk, unless it is in the store."""
         from kka_ray.render.renderer import VERSION
 
+        check_identity("the renderer", self.model, task.inputs["model"])
+        check_identity("the backbone", self.backbone.identity, task.inputs["features"]["backbone"])
         return self.store.get_or_make("render", VERSION, _inputs(task), lambda a: self._make(task, a)).key
 
     def probe(self, task: RenderTask) -> None:
@@ -233,9 +241,29 @@ def _inputs(task: SampleTask | RenderTask) -> dict[str, Any]:
     return task.inputs | ({"failed": dict(task.failed)} if task.failed else {})
 
 
-def line_ids(round: int, prompt_id: str, count: int) -> list[str]:
-    """Ids of the lines that are written for a prompt in a round."""
-    return [f"r{round}-{prompt_id}-s{k:03d}" for k in range(count)]
+def check_identity(what: str, found: str, wanted: str) -> None:
+    """Raises StageError if a worker has loaded other weights than the driver made the keys of its outputs with."""
+    if found != wanted:
+        raise StageError(
+            f"a node has another version of {what} ({found}) than the driver ({wanted}): name a commit, as in "
+            "hub:OWNER/NAME@COMMIT, or a folder that all nodes share"
+        )
+
+
+def sample_row(prompt_id: str, first: int) -> str:
+    """Id of a row of a `SampleTask`: the lines of a prompt from number `first` on, as many may be several chunks'."""
+    return f"{prompt_id}+{first}" if first else prompt_id
+
+
+def _prompt_of(row_id: str) -> tuple[str, int]:
+    prompt_id, _, first = row_id.partition("+")
+    return prompt_id, int(first or 0)
+
+
+def line_ids(round: int, row_id: str, count: int) -> list[str]:
+    """Ids of the lines that are written for a row of a `SampleTask` in a round."""
+    prompt_id, first = _prompt_of(row_id)
+    return [f"r{round}-{prompt_id}-s{k:03d}" for k in range(first, first + count)]
 
 
 def _adapter_folder(store: Store, key: str | None) -> Path | None:

@@ -793,7 +793,7 @@ class RunConfig(Strict):
     def _sampler_fits(self) -> RunConfig:
         sampler, pool = self.describe.sampler, self.cluster.samplers
         if isinstance(sampler, ApiSampler):
-            sampler.check(self.loop.rounds, pool.workers)
+            sampler.check(self.loop.rounds, pool.max_workers or pool.workers)
         if isinstance(sampler, VllmSampler):
             sampler.check(pool.gpus, self.preference.lora_rank)
         return self

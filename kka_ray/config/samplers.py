@@ -142,8 +142,8 @@ class ApiSampler(Strict):
             )
         if workers > 1:
             raise ValueError(
-                f"cluster.samplers.workers is {workers}: an API's rate limit is kept by one worker. Set it to 1 and "
-                "describe.sampler.concurrency to what is wanted"
+                f"cluster.samplers asks for {workers} workers (workers or max_workers): an API's rate limit is kept by "
+                "one worker. Set it to 1 and describe.sampler.concurrency to what is wanted"
             )
 
 

@@ -27,7 +27,7 @@ from kka_ray.features.base import Features
 from kka_ray.records import Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -197,26 +197,6 @@ def judge(
     return JudgeResult(done, _diagnostics(folds, done, band, trained_on), band, latent, trained_on, validation)
 
 
-def audit(
-    ids: Sequence[str],
-    rounds: Sequence[int],
-    features: np.ndarray,
-    groups: Sequence[str],
-    train_normals: np.ndarray,
-    validation_normals: np.ndarray,
-    config: ConfusionConfig,
-    seed: int,
-) -> JudgeResult:
-    """Re-judges every round by one auditor, after the loop, so that rounds can be compared.
-
-    The verdicts of the rounds come from evaluators that saw different images. The auditor is cross-fitted over all
-    rounds at once and has one band, set by its validation normals; the rule is `band` whatever the configuration says,
-    as the paper's rule calls a fixed number of images easy. Arguments and errors are those of `judge`.
-    """
-    fixed = config.model_copy(update={"rule": "band"})
-    return judge(ids, rounds, features, groups, train_normals, validation_normals, fixed, seed)
-
-
 def _check(
     ids: Sequence[str], rounds: Sequence[int], features: np.ndarray, groups: Sequence[str], validation: np.ndarray
 ) -> None:
@@ -241,7 +221,8 @@ def _judge_fold(
     scale = Scale.of(validation_scores)
     variance = relative_variance(normals, evaluator.centre)
     hardness = scale.hardness(scores)
-    unit = float(np.exp(scale.logs.median / 2))
+    points = normals - evaluator.centre
+    unit = _unit(points)
     return _Fold(
         number,
         held_out,
@@ -249,7 +230,7 @@ def _judge_fold(
         np.zeros_like(hardness) if variance <= COLLAPSED else hardness,
         scale.hardness(validation_scores),
         (evaluator.embed(features[held_out]) - evaluator.centre) / unit,
-        (normals - evaluator.centre) / unit,
+        points / unit,
         variance,
         _auc(validation_scores, scores),
     )
@@ -304,8 +285,9 @@ def _diagnostics(
 def _latent_map(
     pretrained: Evaluator, folds: Sequence[_Fold], features: np.ndarray, validation: np.ndarray
 ) -> LatentMap:
-    unit = float(np.exp(Scale.of(pretrained.score(validation)).logs.median / 2))
-    normals = (pretrained.embed(validation) - pretrained.centre) / unit
+    normals = pretrained.embed(validation) - pretrained.centre
+    unit = _unit(normals)
+    normals = normals / unit
     drawn = (pretrained.embed(features) - pretrained.centre) / unit
     normals_before, drawn_before = _plane(normals, drawn)
     for place, fold in enumerate(folds):
@@ -313,6 +295,11 @@ def _latent_map(
         drawn[fold.rows] = fold.drawn_points
     normals_after, drawn_after = _plane(normals, drawn)
     return LatentMap(normals_before, normals_after, drawn_before, drawn_after)
+
+
+def _unit(points: np.ndarray) -> float:
+    """Distance of a typical normal from the centre, of points (N, D) about it; not 0 where all lie in it."""
+    return max(float(np.median(np.linalg.norm(points, axis=1))), 1e-12)
 
 
 def _plane(normals: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,14 @@ class ImageSet:
             self.anomalous[pick],
         )
 
+    def pixels_identity(self) -> str:
+        """SHA-256 over the images alone, in their order: what their features depend on."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.shape}\0".encode())
+            digest.update(np.ascontiguousarray(image).data)
+        return digest.hexdigest()
+
     def identity(self) -> str:
         """SHA-256 over ids, pixels and captions: equal sets have equal identities."""
         digest = hashlib.sha256()

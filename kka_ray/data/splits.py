@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -28,7 +29,11 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
 
 
 def drop_duplicates(images: ImageSet) -> tuple[ImageSet, int]:
-    """The first of each group of images with equal content, and how many were dropped."""
+    """The first of each group of images with equal content, and how many were dropped.
+
+    Raises DataError if two images have one id: splits, captions and scores go by it.
+    """
+    _check_ids(images)
     first: dict[str, int] = {}
     for row, image in enumerate(images.images):
         first.setdefault(content_hash(image), row)
@@ -36,10 +41,23 @@ def drop_duplicates(images: ImageSet) -> tuple[ImageSet, int]:
 
 
 def drop_seen(test: ImageSet, normals: Normals) -> tuple[ImageSet, int]:
-    """The test images that are in neither split of the normals, and how many were dropped."""
+    """The test images that are in neither split of the normals, and how many were dropped.
+
+    Raises DataError if two test images have one id.
+    """
+    _check_ids(test)
     seen = {content_hash(image) for part in (normals.train, normals.validation) for image in part.images}
     keep = [row for row, image in enumerate(test.images) if content_hash(image) not in seen]
     return test.take(keep), len(test) - len(keep)
+
+
+def _check_ids(images: ImageSet) -> None:
+    twice = [id_ for id_, count in Counter(images.ids).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{amount(len(twice), 'name')} of images given more than once ({twice[0]}, ...): each needs a name "
+            "(`source`) of its own, as `kka import` gives it"
+        )
 
 
 def split_normals(

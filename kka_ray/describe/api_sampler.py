@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -204,7 +205,7 @@ def _answer(url: str, response: httpx2.Response) -> dict[str, Any]:
 
 def _pause(attempt: int, asked: str | None) -> float:
     """Seconds until the next attempt: what the service asked for, else doubled each time, with jitter."""
-    if asked is not None and asked.replace(".", "", 1).isdigit():
+    if asked is not None and re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked):
         return min(float(asked), _LONGEST_WAIT)
     return min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1)
 

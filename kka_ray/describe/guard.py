@@ -21,7 +21,8 @@ import numpy as np
 from kka_ray.config.models import GuardConfig
 from kka_ray.features.text import TextEncoder
 
-_LEADING = re.compile(r"^[\s\-*\u2022\d.):\"'`]+(?=[^\W\d])")
+_LEADING = re.compile(r"^(?:[\s\-*\u2022.):\"'`]+|\d+[.):](?!\d))+")
+"""List marks. A number is one if a full stop, a bracket or a colon follows: "20 petals" begins with what is meant."""
 _PICTURE = re.compile(
     r"^(?:an?|the|one|this is an?|there is an?|it is an?)?\s*(?:[\w-]+\s){0,2}"
     r"(?:photos?|photographs?|pictures?|images?|close-ups?|closeups?|shots?|views?|paintings?|drawings?|snapshots?)"

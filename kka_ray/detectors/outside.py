@@ -17,7 +17,7 @@ def draw(path: str | Path, count: int, seed: int) -> list[np.ndarray]:
     """`count` different images, uint8 (H, W, 3) of any sizes, of the files `train-*.parquet` in a folder (columns
     `image` and `source`), or else of the image files in it and below.
 
-    Raises DataError if there are fewer images, or if one that was drawn cannot be read.
+    Raises DataError if there are fewer images, if two rows have one `source`, or if one that was drawn cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -30,6 +30,8 @@ def draw(path: str | Path, count: int, seed: int) -> list[np.ndarray]:
         names = [file.relative_to(folder).as_posix() for file in image_files(folder, recursive=True)]
     if len(names) < count:
         raise DataError(f"{folder} holds {len(names)} images, but {count} outside images are wanted: add some")
+    if len(set(names)) < len(names):
+        raise DataError(f"{folder}: {len(names) - len(set(names))} rows have a source that another has; make it anew")
     drawn = [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
     if parquet:
         rows = read_rows(files, ["image", "source"], pc.field("source").isin(drawn))

@@ -27,7 +27,7 @@ from kka_ray.features.pixels import pixels
 from kka_ray.features.robust import Robust
 from kka_ray.files import sha256, write_json, written
 
-VERSION = 24
+VERSION = 25
 """Part of the store's keys; raised when what is fitted changes."""
 
 _FORMAT = 2

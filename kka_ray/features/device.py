@@ -7,11 +7,6 @@ from typing import Literal
 import torch
 
 
-def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic, so that it is faster than float32 there."""
     if device.type == "cuda":

@@ -55,6 +55,18 @@ def check_distilled(made: Mapping[str, Any], steps: int, guidance: float | None,
         )
 
 
+def pipeline_identity(reference: str) -> str:
+    """Changes with the weights of a pipeline, those of the text encoder that a built-in one names included.
+
+    Raises AssetError if either is missing.
+    """
+    model = assets.resolve(reference)
+    config = model.path / "model_index.json"
+    encoder = json.loads(config.read_text()).get("text_encoder") if config.is_file() else None
+    # Other pipelines hold their text encoder, and name its class here.
+    return f"{model.identity}/{assets.resolve(encoder).identity}" if isinstance(encoder, str) else model.identity
+
+
 def model_index(reference: str, folder: Path) -> dict[str, Any]:
     """The index of a pipeline in `folder`. Raises AssetError, naming the `reference`, if it has none."""
     try:

@@ -17,7 +17,6 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from kka_ray import assets
 from kka_ray.features.device import compute_dtype
 from kka_ray.render.index import check_distilled
 from kka_ray.render.transformer import FlowTransformer
@@ -90,11 +89,6 @@ class KkaFlowPipeline(DiffusionPipeline):
     def image_size(self) -> int:
         """Side of the images, in pixels."""
         return int(self.transformer.config.image_size)
-
-    @property
-    def text_encoder_identity(self) -> str:
-        """Changes whenever the text encoder's weights do. Raises AssetError if they are missing."""
-        return assets.resolve(self.config.text_encoder).identity
 
     @torch.no_grad()
     def __call__(

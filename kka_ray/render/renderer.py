@@ -39,15 +39,11 @@ class Renderer:
     """A pipeline that is loaded and ready to draw, made by `load`.
 
     Attributes:
-        identity: changes with the weights (the text encoder's included), the pipeline's class and the dtype.
         size: (height, width) of what is drawn, in pixels; None where only the pipeline knows.
     """
 
-    def __init__(
-        self, pipeline: Any, config: RenderConfig, identity: str, device: str, size: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, pipeline: Any, config: RenderConfig, device: str, size: tuple[int, int] | None) -> None:
         self.config = config
-        self.identity = identity
         self.size = size
         self._pipeline = pipeline
         self._device = device
@@ -75,14 +71,9 @@ class Renderer:
         # Autoencoders that cannot have the method as well, and raise.
         if hasattr(getattr(pipeline, "vae", None), "use_slicing"):
             pipeline.vae.enable_slicing()  # one image at a time: at 1024 px the decoder takes gigabytes for each
-        identity = f"{model.identity}/{type(pipeline).__name__}/{dtype}"
         if built_in:
             pipeline.autocast_dtype = dtype
-            identity += f"/{pipeline.text_encoder_identity}"
-        size = _size(pipeline, config)
-        renderer = cls(pipeline, config, identity, device, size)
-        if renderer._guides_by_prompts():
-            renderer.identity += "/true_cfg"
+        renderer = cls(pipeline, config, device, _size(pipeline, config))
         renderer._check_arguments()
         return renderer
 

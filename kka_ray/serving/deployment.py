@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from kka_ray.cluster.placement import DIED
 from kka_ray.config.serve import ServeConfig
 from kka_ray.places import is_uri
 from kka_ray.scoring import detector_folder, load_detector
@@ -55,13 +55,13 @@ class _RemoteScorer:
         # An image a call, so that Serve spreads them over replicas and batches them with those of other requests.
         try:
             return list(await asyncio.gather(*(self._detector.score.remote(item) for item in items)))
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+        except (*DIED, BackPressureError, DeploymentUnavailableError) as error:
             raise _unavailable() from error
 
     async def describe(self) -> dict[str, Any]:
         try:
             return dict(await self._detector.describe.remote())
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+        except (*DIED, BackPressureError, DeploymentUnavailableError) as error:
             raise _unavailable() from error
 
 

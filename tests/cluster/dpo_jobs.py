@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kka_ray import assets
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig, PreferenceConfig
 from kka_ray.records import PreferencePair, to_table
@@ -88,7 +89,7 @@ def run(
 
     reports.mkdir()
     table = to_table(PreferencePair, pairs)
-    inputs = {"reports": str(reports)}
+    inputs = {"reports": str(reports), "model": assets.resolve(model).identity}
     arguments = {
         "store": store.uri,
         "pairs": store.get_or_make("pairs", 1, {"pairs": len(pairs)}, lambda attempt: attempt.table(table)).key,

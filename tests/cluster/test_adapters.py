@@ -40,24 +40,24 @@ class _Engine:
 @pytest.fixture
 def worker(tmp_path: Path) -> SamplerWorker:
     worker = SamplerWorker(str(tmp_path), DescribeConfig(), 1, "cpu")
-    worker.engine = _Engine()  # type: ignore[assignment]
+    worker.engine, worker.model = _Engine(), "m"  # type: ignore[assignment]
     return worker
 
 
 def test_each_task_has_the_policy_that_it_names(worker: SamplerWorker) -> None:
     key = worker.store.get_or_make("dpo", 1, {}, lambda a: a.write("adapter/adapter_config.json", b"{}")).key
-    write = SampleTask(rows=(("p000", "a list", 1),), round=1, seed=0, adapter=key, inputs={})
+    write = SampleTask(rows=(("p000", "a list", 1),), round=1, seed=0, adapter=key, inputs={"model": "m"})
     worker.work(write)
     worker.work(ScoreTask(rows=(("l0", "a list", " a line\n"),)))
-    worker.work(replace(write, inputs={"again": 1}))
+    worker.work(replace(write, inputs={"model": "m", "again": 1}))
     trained = worker.store.reported("dpo", key).local / "adapter"
     assert worker.engine.given == [trained, None, trained]  # type: ignore[attr-defined]
 
 
 def test_prompts_with_other_numbers_of_lines_draw_other_random_numbers(worker: SamplerWorker) -> None:
     rows = (("p000", "a", 3), ("p001", "b", 2), ("p002", "c", 3))
-    worker.work(SampleTask(rows=rows, round=0, seed=5, adapter=None, inputs={}))
-    worker.work(SampleTask(rows=rows, round=0, seed=6, adapter=None, inputs={"another": 1}))
+    worker.work(SampleTask(rows=rows, round=0, seed=5, adapter=None, inputs={"model": "m"}))
+    worker.work(SampleTask(rows=rows, round=0, seed=6, adapter=None, inputs={"model": "m", "another": 1}))
     seeds = worker.engine.seeds  # type: ignore[attr-defined]
     assert len(seeds) == len(set(seeds)) == 4
 
@@ -80,7 +80,9 @@ class _Service(_Engine):
 
 def test_what_was_asked_for_answers_that_are_lost_does_not_count(worker: SamplerWorker) -> None:
     worker.engine = _Service()  # type: ignore[assignment]
-    task = SampleTask(rows=(("p000", "a", 1), ("p001", "refused", 1)), round=0, seed=5, adapter=None, inputs={})
+    task = SampleTask(
+        rows=(("p000", "a", 1), ("p001", "refused", 1)), round=0, seed=5, adapter=None, inputs={"model": "m"}
+    )
     with pytest.raises(ValueError, match="will not have it"):
         worker.work(task)
     worker.probe(task.part(0, 1))

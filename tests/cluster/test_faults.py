@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from kka_ray.cluster.pool import Pool, drain
 from kka_ray.cluster.workers import SAMPLE_VERSION, RenderTask, RenderWorker, SamplerWorker, SampleTask, start
 from kka_ray.config.models import ApiSampler, BackboneConfig, ClusterConfig, DescribeConfig, PoolConfig, RenderConfig
+from kka_ray.describe.sampler import model_identity
+from kka_ray.errors import StageError
 from kka_ray.store import Attempt, Store, stage_key
 from tests.describe.completions_server import completions_server
 
@@ -29,8 +32,8 @@ class _Engine:
 def test_lines_at_fault_are_written_by_a_later_run(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     worker = SamplerWorker(store.uri, DescribeConfig(), 1, "cpu")
-    worker.engine = _Engine()  # type: ignore[assignment]
-    task = SampleTask(rows=ROWS, round=0, seed=0, adapter=None, inputs={"x": 1})
+    worker.engine, worker.model = _Engine(), "m"  # type: ignore[assignment]
+    task = SampleTask(rows=ROWS, round=0, seed=0, adapter=None, inputs={"model": "m"})
 
     def written(task: SampleTask) -> list[tuple[str, str]]:
         found = store.find("sample", str(worker.work(task)))
@@ -40,17 +43,17 @@ def test_lines_at_fault_are_written_by_a_later_run(tmp_path: Path) -> None:
     assert written(replace(task, failed={"p000": "a crash"})) == [("", "a crash"), (" two\n", "")]
     assert written(replace(task, failed={"p000": "too slow"})) == [("", "too slow"), (" two\n", "")]
     assert written(task) == [(" one\n", ""), (" two\n", "")]
-    assert store.find("sample", stage_key("sample", SAMPLE_VERSION, {"x": 1})) is not None
+    assert store.find("sample", stage_key("sample", SAMPLE_VERSION, {"model": "m"})) is not None
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_prompt_that_an_api_refuses_is_a_failed_row(tmp_path: Path) -> None:
     store, rows = Store(str(tmp_path)), tuple((f"p{i}", f"prompt-{i}", 1) for i in range(4))
-    task = SampleTask(rows=rows, round=0, seed=0, adapter=None, inputs={"x": 1})
     with completions_server() as service:
         service.refused = {"prompt-2": 403}
         sampler = ApiSampler(kind="api", base_url=service.url, model="m", requests_per_minute=1e6)
+        task = SampleTask(rows=rows, round=0, seed=0, adapter=None, inputs={"model": model_identity(sampler)})
         arguments = (store.uri, DescribeConfig(sampler=sampler))
         size = PoolConfig(cpus=0.1)
         pool = Pool("api", lambda seat: start(SamplerWorker, size, "cpu", seat, *arguments), size, ClusterConfig())
@@ -72,10 +75,15 @@ def test_images_at_fault_are_drawn_by_a_later_run(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(RenderWorker, "_make", make)
     store = Store(str(tmp_path))
     worker = RenderWorker(store.uri, RenderConfig(), BackboneConfig(), False, 1, "cpu")
-    task = RenderTask(rows=ROWS, round=0, normals=None, inputs={"x": 1})
+    worker.model, worker.backbone = "r", SimpleNamespace(identity="b")  # type: ignore[assignment]
+    inputs = {"model": "r", "features": {"backbone": "b"}}
+    task = RenderTask(rows=ROWS, round=0, normals=None, inputs=inputs)
 
     def drawn(task: RenderTask) -> list[str]:
         return list(store.reported("render", worker.work(task)).table()["error"].to_pylist())
 
     assert drawn(replace(task, failed={"p001": "a crash"})) == ["", "a crash"]
     assert drawn(task) == ["", ""]
+    for others in ({"model": "another"}, {"features": {"backbone": "another"}}):
+        with pytest.raises(StageError, match=r"another version of the (renderer|backbone)"):
+            worker.work(replace(task, inputs=inputs | others))

@@ -12,6 +12,8 @@ from kka_ray.cluster.fits import SharedTraining, fit_worker
 from kka_ray.config.models import BackboneConfig, ClusterConfig, Knn, SimpleNet
 from kka_ray.detectors import build
 from kka_ray.detectors.tuned import VERSION, TunedDetector
+from kka_ray.errors import StageError
+from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
 from kka_ray.store import Store, stage_key
@@ -94,8 +96,11 @@ def test_the_workers_share_out_the_fits_and_each_gets_what_it_names(tmp_path, mo
         return SimpleNamespace(save=lambda folder: (folder.mkdir(), (folder / "detector.json").write_text("{}")))
 
     monkeypatch.setattr(fits.TunedDetector, "fit", fit)
-    monkeypatch.setattr(fits.Backbone, "load", lambda *_: None)
+    monkeypatch.setattr(fits.Backbone, "load", lambda *_: SimpleNamespace(identity="b"))
     arguments = {"store": store.uri, "backbone": None, "patches": False, "validation": keys["validation"]}
+    with pytest.raises(StageError, match="another version of the backbone"):
+        fits.Fitter(store, {"backbone": None, "backbone_identity": "another"})
+    arguments["backbone_identity"] = "b"
     arguments |= {"false_positive_rate": 0.03, "share": "fits", "fits": wanted, "threads": torch.get_num_threads()}
     shares = []
     for number in range(2):
@@ -153,6 +158,7 @@ def test_one_and_two_train_workers_fit_the_same_detectors(tmp_path):
         arguments = {
             "store": store.uri,
             "backbone": BackboneConfig(),
+            "backbone_identity": Backbone.load(BackboneConfig()).identity,
             "patches": True,
             "validation": keys["validation"],
             "false_positive_rate": 0.05,

@@ -187,6 +187,31 @@ def test_what_ray_cannot_start_is_an_error_of_ours(
         work(pool, fakes.rows("ok"))
 
 
+def test_a_worker_that_ray_ended_for_lack_of_memory_is_replaced_at_once(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of such a worker raises it, as of one that died otherwise."""
+    pool, get, started, ended = make(), ray.get, [], []
+    make_actor = pool.make_actor
+
+    def new(seat: Any) -> Any:
+        started.append(make_actor(seat))
+        return started[-1]
+
+    def short_of_memory(reference: Any) -> Any:
+        found = get(reference)
+        if len(started) == 1 and pool._workers[0].loading is None:
+            ended.append(reference)
+            raise OutOfMemoryError("the node was short of memory")
+        return found
+
+    pool.make_actor = new
+    monkeypatch.setattr("kka_ray.cluster.pool.ray.get", short_of_memory)
+    assert work(pool, fakes.rows("ok")) == {0: {"0-ok": ""}}
+    assert len(started) == 2
+    assert len(ended) == 1
+
+
 @pytest.mark.slow
 def test_workers_that_die_as_they_start_end_the_run(make: Any) -> None:
     with pytest.raises(StageError, match="2 workers in succession died as they started"):

@@ -15,7 +15,7 @@ from kka_ray.cluster import streaming
 from kka_ray.cluster.budget import BudgetError
 from kka_ray.cluster.streaming import NORMALS_ROUND, Pools, Streamer, image_seed, sampler_libraries
 from kka_ray.cluster.workers import RenderTask, SampleTask, line_ids
-from kka_ray.config.models import RunConfig
+from kka_ray.config.models import LoopConfig, RunConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.data.decode import encode_png
 from kka_ray.describe import sampler as samplers
@@ -105,7 +105,7 @@ def test_images_drawn_while_lines_are_scored_are_not_lost(monkeypatch: pytest.Mo
     for pool_, _, found in streamer._turn_by_turn(lambda: None):
         taken.append(found)
         if pool_ is samplers:
-            assert streamer.log_probs(["a"], ["b"]) == ([[-1.0]], {})
+            assert streamer.log_probs(["a"], ["b"]) == ([[-1.0]], {}, 0)
     assert taken == ["lines", "an image", "another image"]
 
 
@@ -165,7 +165,7 @@ def test_images_that_failed_are_tried_again_after_the_budget_ended_the_run(
     monkeypatch.setattr(streaming, "drain", drained)
     monkeypatch.setattr(streaming, "read_features", lambda *_, **__: None)
     monkeypatch.setattr(streaming, "model_identity", lambda _: "m")
-    monkeypatch.setattr(streaming.assets, "resolve", lambda _: SimpleNamespace(identity="r"))
+    monkeypatch.setattr(streaming, "pipeline_identity", lambda _: "r")
     prepared = SimpleNamespace(
         backbone=SimpleNamespace(identity="b"), patches=False, train=SimpleNamespace(take=lambda _: None)
     )
@@ -202,7 +202,7 @@ class _Played:
             yield pool, number, self.store.get_or_make(stage, 1, inputs, lambda a: make(task, a)).key  # noqa: B023
 
     def _write(self, task: SampleTask, attempt: Attempt) -> None:
-        lines = [(id_, p) for p, _, count in task.rows for id_ in line_ids(task.round, p, count)]
+        lines = [(id_, id_[3:7]) for row, _, count in task.rows for id_ in line_ids(task.round, row, count)]
         rows = [{"id": id_, "prompt_id": p, "raw": f" line {id_}\n", "error": ""} for id_, p in lines]
         attempt.table(pa.Table.from_pylist(rows))
 
@@ -282,11 +282,21 @@ def test_a_round_is_in_the_order_of_its_lines_whatever_came_first(streamer: Stre
     assert [r.id for r in drawn.renderings] == wanted
     assert drawn.ids == [id_ for id_ in wanted if not id_.endswith("001")]
     numbers = [int(id_[-3:]) for id_ in drawn.ids]
-    assert [int(image[0, 0, 0]) for image in drawn.images] == numbers
+    assert [int(image[0, 0, 0]) for image in drawn.images(drawn.ids)] == numbers
     assert drawn.features.pooled[:, 0].tolist() == numbers
     assert drawn.mismatched == {id_ for id_ in wanted if id_.endswith("000")}
     assert max(len(t.rows) for t in tasks if isinstance(t, RenderTask)) == 3
     assert max(sum(n for *_, n in t.rows) for t in tasks if isinstance(t, SampleTask)) <= 5
+
+
+def test_more_lines_of_a_prompt_than_a_chunk_are_several_chunks(streamer: Streamer) -> None:
+    streamer.config = streamer.config.model_copy(update={"loop": LoopConfig(lines=36)})
+    descriptions, _, tasks = _round(streamer, 1, 1000)
+    assert [d.id for d in descriptions] == [f"r1-p{p:03d}-s{s:03d}" for p in range(3) for s in range(12)]
+    assert {d.prompt_id for d in descriptions} == {"p000", "p001", "p002"}
+    written = [t for t in tasks if isinstance(t, SampleTask)]
+    assert len(written) == len({t.seed for t in written}) == 9
+    assert max(sum(n for *_, n in t.rows) for t in written) <= 5
 
 
 def test_every_chunk_and_every_image_draws_random_numbers_of_its_own(streamer: Streamer) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from kka_ray.cluster.workers import RenderTask, RenderWorker, SamplerWorker, SampleTask, ScoreTask
 from kka_ray.config.models import BackboneConfig, DescribeConfig, RenderConfig
+from kka_ray.errors import StageError
 from kka_ray.features.cache import read_features
 from kka_ray.records import Rendering, from_table
 from kka_ray.store import Store
@@ -24,7 +25,8 @@ PROMPTS = (("p000", "Flowers:\n- a red rose\n-", 2), ("p001", "Flowers:\n- a blu
 def test_prompts_at_fault_are_rows_and_numbers_that_are_not_finite_raise(tmp_path: Path) -> None:
     worker = SamplerWorker(str(tmp_path), DescribeConfig(max_tokens=8), 1, "cpu")
     worker.load()
-    task = SampleTask(rows=PROMPTS, round=1, seed=3, adapter=None, inputs={"x": 1}, failed={"p000": "a crash"})
+    inputs = {"model": worker.model}
+    task = SampleTask(rows=PROMPTS, round=1, seed=3, adapter=None, inputs=inputs, failed={"p000": "a crash"})
     key = worker.work(task)
     found = Store(str(tmp_path)).find("sample", str(key))
     assert found is not None
@@ -50,9 +52,11 @@ def test_prompts_at_fault_are_rows_and_numbers_that_are_not_finite_raise(tmp_pat
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
-        worker.work(replace(task, failed={}, inputs={"x": 2}))
+        worker.work(replace(task, failed={}, inputs=inputs | {"x": 2}))
     marker = json.loads((tmp_path / "sample" / str(key) / "committed.json").read_text())
-    assert marker["inputs"] == {"x": 1, "failed": {"p000": "a crash"}}
+    assert marker["inputs"] == {**inputs, "failed": {"p000": "a crash"}}
+    with pytest.raises(StageError, match="another version of the sampler's model"):
+        worker.work(replace(task, inputs={"model": "another"}))
 
 
 def test_descriptions_at_fault_are_rows_without_touching_the_others(tmp_path: Path) -> None:
@@ -60,7 +64,8 @@ def test_descriptions_at_fault_are_rows_without_touching_the_others(tmp_path: Pa
     worker.load()
     texts = ["a red flower", "a blue flower", "a star"]
     rows = tuple((f"r0-p000-s{i:03d}", text, i) for i, text in enumerate(texts))
-    task = RenderTask(rows=rows, round=0, normals=None, inputs={"x": 1}, failed={rows[1][0]: "not done within 9 s"})
+    inputs = {"model": worker.model, "features": {"backbone": worker.backbone.identity}}
+    task = RenderTask(rows=rows, round=0, normals=None, inputs=inputs, failed={rows[1][0]: "not done within 9 s"})
     found = Store(str(tmp_path)).find("render", worker.work(task))
     assert found is not None
     records = from_table(Rendering, found.table())

@@ -30,6 +30,8 @@ def test_an_api_is_refused_together_with_dpo() -> None:
 def test_an_api_has_one_worker_and_no_password_in_its_address() -> None:
     with pytest.raises(ValidationError, match=r"rate limit is kept by one worker"):
         run(API, rounds=0, workers=2)
+    with pytest.raises(ValidationError, match=r"cluster\.samplers asks for 3 workers"):
+        run(API, rounds=0, max_workers=3)
     with pytest.raises(ValidationError, match="base_url"):
         run(API | {"base_url": "https://user:password@host/v1"}, rounds=0)
 

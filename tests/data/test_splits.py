@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,15 @@ def test_duplicates_keep_the_first():
     kept, dropped = drop_duplicates(image_set([5, 6, 5, 7, 6]))
     assert kept.ids == ("n0", "n1", "n3")
     assert dropped == 2
+
+
+def test_two_images_of_one_name_are_refused():
+    images = replace(image_set([5, 6, 7]), ids=("a", "b", "a"))
+    with pytest.raises(DataError, match=r"1 name of images given more than once \(a"):
+        drop_duplicates(images)
+    normals = Normals(image_set([1]), image_set([2]))
+    with pytest.raises(DataError, match="given more than once"):
+        drop_seen(images, normals)
 
 
 @pytest.mark.parametrize(("validation", "expected"), [(0.2, 8), (0.01, MIN_VALIDATION), (13, 13)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kka_ray.config.models import ApiSampler, DescribeConfig
-from kka_ray.describe.api_sampler import ApiEngine, RateLimit, RefusedPromptError, cost
+from kka_ray.describe.api_sampler import _FIRST_WAIT, ApiEngine, RateLimit, RefusedPromptError, _pause, cost
 from kka_ray.errors import ConfigError, KkaError, StageError
 from tests.describe.completions_server import Service, completions_server
 
@@ -143,3 +143,13 @@ def test_a_key_with_a_line_break_is_mended_or_refused_without_being_shown(
     with pytest.raises(ConfigError, match="SOME_KEY") as raised:
         engine(service, key_variable="SOME_KEY")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [("7", 7.0), ("0.5", 0.5)])
+def test_the_pause_that_a_service_asks_for_is_kept(asked: str, seconds: float) -> None:
+    assert _pause(0, asked) == seconds
+
+
+@pytest.mark.parametrize("asked", [None, "", "soon", "\u00b2", "Wed, 21 Oct 2026 07:28:00 GMT", "1.2.3", "."])
+def test_without_a_number_of_seconds_the_pause_is_our_own(asked: str | None) -> None:
+    assert 0 < _pause(0, asked) <= _FIRST_WAIT

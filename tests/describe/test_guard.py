@@ -159,6 +159,23 @@ def test_clean_takes_the_first_line_without_marks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (" 20 narrow blue petals\n", "20 narrow blue petals"),
+        (" 3D printed chair\n", "3D printed chair"),
+        (" 1960s telephone\n", "1960s telephone"),
+        (" 1.5 metres of rope\n", "1.5 metres of rope"),
+        (" 1. a fox\n", "a fox"),
+        (" 2) a fox\n", "a fox"),
+        (" - 3: 20 petals\n", "20 petals"),
+        (' * "4. a fox"\n', "a fox"),
+    ],
+)
+def test_clean_takes_numbers_of_lists_away_and_leaves_those_of_descriptions(raw: str, text: str) -> None:
+    assert clean(raw) == text
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("a red, soft couch in a room", ["red", "soft", "couch"]),

@@ -129,6 +129,15 @@ def test_a_channel_that_normals_never_use_stays_bounded():
     assert float(((probe - branch.mean) / branch.std).abs().max()) < 40
 
 
+def test_channels_of_a_kind_are_measured_in_one_unit():
+    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 3.0, 100.0, 300.0])
+    branch = Branch(5, 5, 8)
+    branch.start(x, 0.3, 1.0, 0.5, torch.Generator().manual_seed(0), blocks=(3, 2))
+    assert len(branch.std.unique()) == 2
+    for part in branch.standardise(x).split([3, 2], dim=1):
+        assert float(part.square().mean()) == pytest.approx(1, rel=1e-3)
+
+
 def test_the_folded_branch_scores_as_the_layers_do():
     branch, x = _branch()
     rows = x.view(20, 15, 12)

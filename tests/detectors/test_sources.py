@@ -117,6 +117,9 @@ def test_outside_images_come_from_files_or_parquet_without_repeats(tmp_path):
             draw(tmp_path / folder, 7, seed=0)
     with pytest.raises(DataError, match="no folder"):
         draw(tmp_path / "none", 1, seed=0)
+    pq.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "table" / "train-1.parquet")
+    with pytest.raises(DataError, match="2 rows have a source that another has"):
+        draw(tmp_path / "table", 4, seed=1)
 
 
 def test_an_outside_image_that_may_not_be_read_is_named(tmp_path, monkeypatch):

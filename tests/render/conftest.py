@@ -21,7 +21,6 @@ def _one_thread() -> Iterator[None]:
 def fake_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in pipeline encodes text without MiniLM's weights."""
     monkeypatch.setattr("kka_ray.features.text.TextEncoder", tiny.FakeTextEncoder)
-    monkeypatch.setattr("kka_ray.render.pipeline.KkaFlowPipeline.text_encoder_identity", "fake")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from kka_ray import assets
 from kka_ray.config.models import MaskConfig, RenderConfig
 from kka_ray.errors import AssetError, ConfigError, ResourceError
+from kka_ray.render.index import pipeline_identity
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.renderer import DrawError, Renderer
 
@@ -160,14 +162,26 @@ def test_lack_of_memory_is_no_fault_of_a_text(
         renderer.draw(["a", "b"], [1, 2])
 
 
-def test_identity_follows_weights_and_precision(flow_folder: Path, tmp_path: Path) -> None:
-    assert load(flow_folder).identity == load(flow_folder).identity
-    assert load(flow_folder).identity != load(flow_folder, dtype="bfloat16").identity
-    other = tmp_path / "other"
+def test_the_identity_of_a_pipeline_follows_its_own_files_and_the_text_encoder_that_it_names(
+    flow_folder: Path, stable_diffusion: Path, tmp_path: Path
+) -> None:
+    other, encoder = tmp_path / "other", tmp_path / "encoder"
     shutil.copytree(flow_folder, other)
-    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
-    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "shift": 2.0}))
-    assert load(flow_folder).identity != load(other).identity
+    encoder.mkdir()
+    (encoder / "model.safetensors").write_bytes(b"one")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "text_encoder": str(encoder)}))
+    assert pipeline_identity(str(stable_diffusion)) == assets.resolve(str(stable_diffusion)).identity
+    found = pipeline_identity(str(other))
+    assert found == pipeline_identity(str(other))
+    (encoder / "model.safetensors").write_bytes(b"another")
+    assets.resolve.cache_clear()
+    assert pipeline_identity(str(other)) != found
+    found = pipeline_identity(str(other))
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "shift": 2.0}))
+    assets.resolve.cache_clear()
+    assert pipeline_identity(str(other)) != found
 
 
 def test_pickled_weights_are_refused(stable_diffusion: Path, tmp_path: Path) -> None:
@@ -232,15 +246,15 @@ class _Qwen:
 def test_guidance_is_given_as_a_pipeline_reads_it() -> None:
     config = RenderConfig(pipeline="qwen", guidance=3.0)
     pipeline = _Qwen(guidance_embeds=False)
-    arrays(Renderer(pipeline, config, "", "cpu", None).draw(["a", "b"], [1, 2]))
+    arrays(Renderer(pipeline, config, "cpu", None).draw(["a", "b"], [1, 2]))
     assert pipeline.given == {"negative": [" ", " "], "true": 3.0, "scale": None}
     pipeline = _Qwen(guidance_embeds=True)
-    arrays(Renderer(pipeline, config, "", "cpu", None).draw(["a"], [1]))
+    arrays(Renderer(pipeline, config, "cpu", None).draw(["a"], [1]))
     assert pipeline.given == {"negative": None, "true": 4.0, "scale": 3.0}
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused() -> None:
-    renderer = Renderer(_Qwen(True), RenderConfig(pipeline="qwen", width=40, height=32), "", "cpu", (32, 40))
+    renderer = Renderer(_Qwen(True), RenderConfig(pipeline="qwen", width=40, height=32), "cpu", (32, 40))
     with pytest.raises(ConfigError, match="draws 32 x 32 px where 40 x 32 were asked for"):
         renderer.draw(["a", "b"], [1, 2])
 

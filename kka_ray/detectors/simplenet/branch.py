@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +98,19 @@ class Branch(nn.Module):
         self.adaptor.bias.grad = to_adaptor.sum(0)
 
     @torch.no_grad()
-    def start(self, x: Tensor, shrinkage: float, noise: float, margin: float, generator: torch.Generator) -> None:
+    def start(
+        self,
+        x: Tensor,
+        shrinkage: float,
+        noise: float,
+        margin: float,
+        generator: torch.Generator,
+        blocks: Sequence[int] = (),
+    ) -> None:
         """Sets statistics and initial weights from normal features x (N, C), float32.
+
+        blocks: how many channels there are of each kind, where all of a kind are measured in one unit, their mean
+        deviation, as their own would magnify what normals hardly vary in; without, each has its own.
 
         The adaptor begins as a shrunk whitening, turned at random to its width. The hidden units begin in pairs of
         opposite sign and the tail with equal weights, so that D begins as a falling function of the L1 norm in random
@@ -108,7 +119,11 @@ class Branch(nn.Module):
         """
         self.mean.copy_(x.mean(0))
         std = x.std(0, correction=0)
-        self.std.copy_(std.clamp_min(max(_STD_FLOOR * float(std.mean()), _MIN_STD)))
+        if blocks:
+            units = [part.square().mean().sqrt().expand(len(part)) for part in std.split(list(blocks))]
+            self.std.copy_(torch.cat(units).clamp_min(_MIN_STD))
+        else:
+            self.std.copy_(std.clamp_min(max(_STD_FLOOR * float(std.mean()), _MIN_STD)))
         x = x[torch.randperm(len(x), generator=generator)[:_COVARIANCE_ROWS]]
         self.adaptor.weight.copy_(self._whitening(self.standardise(x), shrinkage, generator))
         self.adaptor.bias.zero_()

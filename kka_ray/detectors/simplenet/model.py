@@ -61,7 +61,8 @@ class SimpleNetDetector(Detector):
         config = self.config
         x = torch.from_numpy(normals.statistics())
         branch = self._new_branch(x.shape[1])
-        branch.start(x, config.shrinkage, config.noise, config.margin, draws.normals)
+        blocks = (normals.pooled.shape[1], x.shape[1] - normals.pooled.shape[1])
+        branch.start(x, config.shrinkage, config.noise, config.margin, draws.normals, blocks)
         x = branch.standardise(x)
         if anomalies is None:
             self._train(name, branch, len(x), lambda rows: x[rows], None, draws)
