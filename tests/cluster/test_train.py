@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_two_dpo_workers_train_as_one_does(tmp_path: Path) -> None:
     """With the same global batch: the same losses, and the same adapter up to rounding."""
     import torch

@@ -32,14 +32,27 @@ def test_a_job_that_was_started_ahead_does_what_it_is_told_and_no_sooner(tmp_pat
     assert (tmp_path / "a").read_text() == "done 1"
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are this process: a job of Ray Train's takes half a minute to start."""
+
+    def run(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
+        function({**arguments, "threads": 1})
+
+    monkeypatch.setattr(train, "run", run)
+
+
+@pytest.mark.usefixtures("here")
 def test_its_error_is_told_to_whoever_waits_for_it() -> None:
     ahead = train.Ahead("note", note, 1, CLUSTER)
     with pytest.raises(StageError, match="nothing to note"):
         ahead.go({"file": "", "text": "fail"})
 
 
+@pytest.mark.usefixtures("here")
 def test_a_cancelled_job_ends_without_doing_anything(tmp_path: Path) -> None:
     ahead = train.Ahead("note", note, 1, CLUSTER)
+    assert ahead._thread.is_alive()
     ahead.cancel()
     assert not ahead._thread.is_alive()
     assert list(tmp_path.iterdir()) == []
