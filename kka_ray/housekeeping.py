@@ -38,8 +38,8 @@ class Entry:
     key: of the output; of an attempt `KEY/attempt-...`, of a job's checkpoints `KEY/checkpoint`.
     size: bytes.
     state: `used` (a finished run refers to it, directly or by way of other outputs), `held` (no finished run does, but
-    an unfinished one might), `unused`, `leftover` (of an attempt or a job that never committed or was superseded, a day
-    old or more), `growing` (of a younger one).
+    an unfinished one might, or might go on from these checkpoints), `unused`, `leftover` (of an attempt or a job that
+    never committed or was superseded, a day old or more), `growing` (of a younger one).
     runs: names of the runs that refer to it; of a held one, those that are not finished.
     """
 
@@ -48,6 +48,11 @@ class Entry:
     size: int
     state: State
     runs: tuple[str, ...] = ()
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it was committed."""
+        return "/" not in self.key
 
     @property
     def removable(self) -> bool:
@@ -68,7 +73,8 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     """Everything in the store at `store_uri`; `delete` removes what is unused and leftovers.
 
     A run is a folder below `output` with `config.yaml` or `references.json`, a sweep one with `sweep.yaml`. As long as
-    one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused.
+    one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused,
+    nor do checkpoints of an output that is not there yet.
     Runs elsewhere that share the store are not seen.
 
     Raises DataError if there is no folder `output` or no such store; if something is to be deleted, or `output` is a
@@ -93,7 +99,7 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
             f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
             "delete it yourself; otherwise name the folder of the runs with --output"
         )
-    entries = _outputs(store, runs) + _attempts(store)
+    entries = _outputs(store, runs) + _attempts(store, _unfinished(runs))
     if delete:
         with places.opened(output, *_OF_RUNS) as place:
             if place.vanished or _runs(place.here, store) != runs:
@@ -125,7 +131,7 @@ def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
         table.add_column(name, justify="right")
     for stage in sorted({e.stage for e in entries}):
         own = [e for e in entries if e.stage == stage]
-        outputs = [e for e in own if e.state not in ("leftover", "growing")]
+        outputs = [e for e in own if e.is_output]
         counts = [_count(own, state) for state in ("used", "held", "unused", "leftover")]
         table.add_row(stage, str(len(outputs)), megabytes(sum(e.size for e in own)), *counts)
     table.add_row("all", *_totals(entries), end_section=True)
@@ -133,8 +139,8 @@ def show_store(inventory: Inventory, console: Console, deleted: bool) -> None:
     unfinished = sorted({run for e in entries if e.state == "held" for run in e.runs})
     if unfinished:
         console.print(
-            f"{', '.join(unfinished)}: not finished, so every output is kept. Finish with `kka resume`, a sweep with "
-            "its command again, or remove the folder",
+            f"{', '.join(unfinished)}: not finished, so every output is kept, and what a job goes on from. Finish with "
+            "`kka resume`, a sweep with its command again, or remove the folder",
             highlight=False,
             soft_wrap=True,
         )
@@ -161,7 +167,7 @@ def _count(entries: Iterable[Entry], state: State) -> str:
 
 
 def _totals(entries: Sequence[Entry]) -> list[str]:
-    outputs = sum(e.state not in ("leftover", "growing") for e in entries)
+    outputs = sum(e.is_output for e in entries)
     states: tuple[State, ...] = ("used", "held", "unused", "leftover")
     return [str(outputs), megabytes(sum(e.size for e in entries)), *(_count(entries, state) for state in states)]
 
@@ -198,13 +204,17 @@ def _references(file: Path) -> set[tuple[str, str]] | None:
         return None  # not written yet, or cut short: such a run may refer to anything
 
 
+def _unfinished(runs: dict[str, set[tuple[str, str]] | None]) -> tuple[str, ...]:
+    return tuple(run for run, named in runs.items() if named is None)
+
+
 def _outputs(store: Store, runs: dict[str, set[tuple[str, str]] | None]) -> list[Entry]:
     outputs = {(o.stage, o.key): o for o in store.outputs()}
     users: dict[tuple[str, str], list[str]] = {name: [] for name in outputs}
     for run, named in runs.items():
         for name in _reachable(named or set(), outputs):
             users[name].append(run)
-    unfinished = tuple(run for run, named in runs.items() if named is None)
+    unfinished = _unfinished(runs)
     entries = []
     for (stage, key), found in users.items():
         size = store.size(stage, key) - sum(s for _, s, _ in _attempt_folders(store, stage, key))
@@ -242,8 +252,11 @@ def _keys(value: Any) -> Iterator[str]:
         yield value
 
 
-def _attempts(store: Store) -> list[Entry]:
-    """What is in the store besides committed outputs."""
+def _attempts(store: Store, unfinished: tuple[str, ...]) -> list[Entry]:
+    """What is in the store besides committed outputs.
+
+    An `unfinished` run begins each attempt anew, but goes on from a job's checkpoints, however old.
+    """
     entries = []
     for path in _children(store, store.root):
         stage = path.rsplit("/", 1)[-1]
@@ -251,7 +264,10 @@ def _attempts(store: Store) -> list[Entry]:
             key = folder.rsplit("/", 1)[-1]
             for name, size, newest in _attempt_folders(store, stage, key):
                 old = newest is not None and datetime.now(UTC) - newest > LEFTOVER_AGE
-                entries.append(Entry(stage, f"{key}/{name}", size, "leftover" if old else "growing"))
+                if old and unfinished and name == "checkpoint" and store.find(stage, key) is None:
+                    entries.append(Entry(stage, f"{key}/{name}", size, "held", unfinished))
+                else:
+                    entries.append(Entry(stage, f"{key}/{name}", size, "leftover" if old else "growing"))
     return entries
 
 

@@ -56,7 +56,10 @@ _WRITTEN = {
     "tracking.uri": "a tracking server, or a file that the nodes share",
 }
 _SHARED = {"tracking.uri": f"{tracking.SQLITE}/shared/kka/mlflow.db"}
-_PASSED_ON = ("KKA_CACHE",)
+_PASSED_ON_HERE = ("KKA_CACHE",)
+"""Variables that a job on this machine has of the user: they name folders of this machine."""
+_NO_TOKEN = {"Authorization": "none"}
+"""Ray's client adds the user's token wherever it finds no such header, also for a cluster that asks for none."""
 _SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|(?:^|_)KEY$", re.IGNORECASE)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _INTERRUPTED = 130
@@ -95,8 +98,9 @@ def submit_and_follow(
     """
     entry(wanted, here=True)  # what no cluster would take is said before one is asked
     headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
-    entrypoint = entry(wanted, here=_is_here(address, headers))
-    environment = runtime_env(wanted, os.environ, token=bool(headers))
+    here = _is_here(address, headers)
+    entrypoint = entry(wanted, here=here)
+    environment = runtime_env(wanted, os.environ, token=bool(headers), here=here)
     try:
         client = client or _client(address, headers)
         job = client.submit_job(
@@ -183,12 +187,13 @@ def _check_uploaded(named: Sequence[Path], file: Path, folder: Path, *, here: bo
             )
 
 
-def runtime_env(wanted: Submission, environ: Mapping[str, str], *, token: bool) -> dict[str, Any]:
+def runtime_env(wanted: Submission, environ: Mapping[str, str], *, token: bool, here: bool) -> dict[str, Any]:
     """The job's files and variables. Raises ConfigError for a variable that looks like a secret.
 
     `token` says that the cluster authenticates; the job's own processes then do as well, with the cluster's token.
+    `here`: the cluster is this machine alone. Elsewhere the nodes have folders of their own.
     """
-    variables = {name: environ[name] for name in _PASSED_ON if name in environ}
+    variables = {name: environ[name] for name in _PASSED_ON_HERE if here and name in environ}
     variables["RAY_AUTH_MODE"] = "token" if token else "disabled"
     for pair in wanted.env:
         name, equals, value = pair.partition("=")
@@ -290,7 +295,7 @@ def _client(address: str, headers: Mapping[str, str]) -> Any:
     # Imported late: it brings Ray along.
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address, headers=dict(headers))
+    return JobSubmissionClient(address, headers=dict(headers or _NO_TOKEN))
 
 
 def _follow(client: Any, job: str, console: Console) -> Any:

@@ -271,23 +271,30 @@ def run_trials(
 def run_trial(settings: dict[str, Any], job: _Job) -> None:
     """One trial, in a process of its own."""
     trial = job.trials[settings["trial"]]
-    mlflow_run = tracking.start_run(
-        job.tracking_uri, job.experiment, trial.config.name, trial.overrides, parent=job.parent
-    )
+    mlflow_run: str | None = None
+    with tracking.unless_unreachable():
+        mlflow_run = tracking.start_run(
+            job.tracking_uri, job.experiment, trial.config.name, trial.overrides, parent=job.parent
+        )
     try:
         # The champion's own run judges in the driver: with as many threads here, its stages are found in the store.
         with computing(trial.config.cluster.driver_threads):
             outcome = measure(trial, trial.config, job.reference, mlflow_run)
     except BaseException:
-        with tracking.unless_unreachable():
-            tracking.end_run(job.tracking_uri, mlflow_run, {}, failed=True)
+        _end(job, mlflow_run, {}, failed=True)
         raise
     tune.report({"outcome": asdict(outcome)})  # first: a trial that is done is not to be lost for its tracking
     metrics = {"seconds": outcome.seconds, "kept": float(outcome.kept)}
     if outcome.objective is not None:
         metrics["validation_auc"] = outcome.objective
-    with tracking.unless_unreachable():
-        tracking.end_run(job.tracking_uri, mlflow_run, metrics, failed=outcome.error is not None)
+    _end(job, mlflow_run, metrics, failed=outcome.error is not None)
+
+
+def _end(job: _Job, mlflow_run: str | None, metrics: dict[str, float], *, failed: bool) -> None:
+    """Closes a trial's MLflow run; there is none where MLflow could not be reached as the trial began."""
+    if mlflow_run is not None:
+        with tracking.unless_unreachable():
+            tracking.end_run(job.tracking_uri, mlflow_run, metrics, failed=failed)
 
 
 def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: str | None) -> Outcome:

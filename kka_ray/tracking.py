@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +44,12 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Raises ResourceError if a tracking server is configured and cannot be reached: better now than after the run."""
+    """Raises ResourceError if the tracking store cannot be reached or would not take the run: better now than after it.
+
+    A SQLite file that is not there yet is not made.
+    """
     uri = tracking_uri(config)
-    if _folder(uri) is not None:
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         return
     retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(retries)
@@ -207,8 +211,18 @@ def _folder(uri: str) -> Path | None:
 
 def _experiment(client: Any, name: str, uri: str) -> str:
     """The id of an experiment. The artifacts of a new one in a SQLite file go beside the file: MLflow would put them
-    into the current folder."""
+    into the current folder.
+
+    Raises ResourceError if it was deleted: MLflow keeps its name, and takes no runs.
+    """
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        where = _without_password(uri)
+        command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise ResourceError(
+            f"the experiment {name!r} in MLflow at {where} was deleted, and takes no runs. Restore it "
+            f"(`MLFLOW_TRACKING_URI={shlex.quote(where)} {command}`), or set tracking.experiment to another name"
+        )
     if found is not None:
         return str(found.experiment_id)
     folder = _folder(uri)

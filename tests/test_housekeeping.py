@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -201,6 +202,31 @@ def test_old_checkpoints_go_and_young_ones_stay(store, tmp_path):
     assert {e.size for e in inventory.entries} == {100}
     assert Checkpoints(store, "dpo", "b" * 24).read("training") == b"x" * 100
     assert not Path(store.path("dpo", "a" * 24)).exists()
+
+
+def test_an_unfinished_run_holds_the_checkpoints_that_it_goes_on_from(store, tmp_path):
+    made = _make(store, "dpo", {"n": 1})
+    for key in ("a" * 24, made):
+        Checkpoints(store, "dpo", key).write("training", b"x" * 100)
+    lost = Attempt(store, "dpo", "a" * 24)
+    lost.write("data", b"x")
+    _age(Path(store.root), 2 * 86400)
+    _run(tmp_path / "runs", "demo", None)
+    inventory = collect(tmp_path / "runs", store.uri, delete=True)
+    assert _states(inventory) == {
+        ("dpo", f"{'a' * 24}/checkpoint"): "held",
+        ("dpo", f"{'a' * 24}/{lost.name}"): "leftover",
+        ("dpo", made): "held",
+        ("dpo", f"{made}/checkpoint"): "leftover",
+    }
+    assert Checkpoints(store, "dpo", "a" * 24).read("training") == b"x" * 100
+    text = io.StringIO()
+    show_store(collect(tmp_path / "runs", store.uri, delete=False), Console(file=text, width=150), deleted=False)
+    assert re.search(r"│ dpo +│ +1 │ .*│ +2 \(", text.getvalue()), "one output; that and the checkpoints are held"
+    assert "demo: not finished, so every output is kept, and what a job goes on from" in text.getvalue()
+    (tmp_path / "runs" / "demo" / "references.json").write_text(json.dumps([["dpo", made]]))
+    assert _states(collect(tmp_path / "runs", store.uri, delete=True))["dpo", f"{'a' * 24}/checkpoint"] == "leftover"
+    assert Checkpoints(store, "dpo", "a" * 24).read("training") is None
 
 
 def test_an_unused_output_goes_with_its_old_attempts(store, tmp_path):

@@ -297,10 +297,12 @@ def test_the_environment_has_what_was_named_and_never_a_token(repository: Path) 
     environ = {"KKA_CACHE": "/models", "RAY_AUTH_TOKEN": TOKEN, "HOME": "/root"}
     own = {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
     pairs = tuple(f"{name}={value}" for name, value in own.items())
-    made = runtime_env(Submission("run", Path("x"), (), repository, pairs), environ, token=True)
+    made = runtime_env(Submission("run", Path("x"), (), repository, pairs), environ, token=True, here=True)
     assert made["env_vars"] == {"KKA_CACHE": "/models", "RAY_AUTH_MODE": "token"} | own
     assert made["working_dir"] == str(repository)
     assert TOKEN not in json.dumps(made)
+    elsewhere = runtime_env(Submission("run", Path("x"), (), repository), environ, token=True, here=False)
+    assert elsewhere["env_vars"] == {"RAY_AUTH_MODE": "token"}, "the nodes' own folder of models holds"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ def test_the_environment_has_what_was_named_and_never_a_token(repository: Path) 
 )
 def test_secrets_and_half_variables_are_refused(repository: Path, pair: str) -> None:
     with pytest.raises(ConfigError, match=r"looks like a secret|NAME=VALUE"):
-        runtime_env(Submission("run", Path("x"), (), repository, (pair,)), {}, token=True)
+        runtime_env(Submission("run", Path("x"), (), repository, (pair,)), {}, token=True, here=True)
 
 
 def test_data_and_runs_are_left_out_of_the_upload_and_the_package_of_that_name_is_not() -> None:
@@ -378,6 +380,39 @@ def test_who_sends_us_elsewhere_gets_no_token(
     finally:
         server.shutdown()
     assert given == [None]
+
+
+def test_a_cluster_that_asks_for_no_token_is_sent_none(
+    repository: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str | None] = []
+
+    class Open(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            given.append(self.headers.get("Authorization"))
+            known = self.path == "/api/version"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"ray_version": "2.50.0"} if known else {}).encode())
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, format: str, *values: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as the import of kka_ray.cluster sets it
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    server = HTTPServer(("127.0.0.1", 0), Open)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    wanted = Submission("run", repository / "run.yaml", SHARED, repository)
+    try:
+        with pytest.raises(ResourceError, match="did not take the job"):
+            submit_and_follow(wanted, address, console, allow_unauthenticated=True)
+    finally:
+        server.shutdown()
+    assert len(given) > 3, "Ray's own client asked"
+    assert set(given) == {None, "none"}
 
 
 def test_what_is_no_dashboard_is_said_so(console: Console) -> None:

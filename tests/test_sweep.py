@@ -396,6 +396,26 @@ def test_a_sweep_writes_its_results_and_a_tree_of_tracked_runs(
     assert asked == ([(load(folder / "best.yaml", RunConfig).name, parent.info.run_id)] if champion else [])
 
 
+def test_a_trial_goes_on_where_mlflow_cannot_be_reached_as_it_begins(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, Any]] = []
+
+    def out(*_: Any, **__: Any) -> str:
+        raise ResourceError("MLflow does not take the results")
+
+    monkeypatch.setattr(sweep.tracking, "start_run", out)
+    monkeypatch.setattr(sweep.tracking, "end_run", lambda *_, **__: pytest.fail("there is no run to end"))
+    monkeypatch.setattr(sweep, "measure", lambda trial, *rest: Outcome(trial.number, {}, 0.5, mlflow=rest[-1]))
+    monkeypatch.setattr(sweep.tune, "report", lambda metrics: reported.append(metrics["outcome"]))
+    job = sweep._Job(small.trials, reference_of(zeroth()), "http://127.0.0.1:9", "kka", "parent")
+    sweep.run_trial({"trial": 0}, job)
+    assert [(o["objective"], o["mlflow"]) for o in reported] == [(0.5, None)]
+    monkeypatch.setattr(sweep, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sweep.run_trial({"trial": 0}, job)
+
+
 def test_trials_keep_what_they_make_in_the_drivers_folders(
     small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,23 @@ def test_a_file_needs_no_check(tmp_path: Path) -> None:
     assert not (tmp_path / "there").exists()
 
 
+def test_a_deleted_experiment_is_said_before_the_run(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    config = _config(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracking.log_run(config, {"config_hash": "h", "rounds": []}, tmp_path)
+    tracking.check(config)
+    client = MlflowClient(config.tracking.uri)
+    number = client.get_experiment_by_name("kka").experiment_id
+    client.delete_experiment(number)
+    with pytest.raises(
+        ResourceError, match=rf"'kka' .*deleted.* restore --experiment-id {number}`.*tracking\.experiment"
+    ):
+        tracking.check(config)
+    client.restore_experiment(number)
+    tracking.check(config)
+
+
 def test_a_run_with_lost_rows_is_tracked(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

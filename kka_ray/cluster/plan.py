@@ -20,6 +20,11 @@ from kka_ray.config.models import PoolConfig, RunConfig
 from kka_ray.errors import ResourceError
 
 _SLACK = 1e-6
+_REMEDY = (
+    "Lower cluster.samplers / cluster.renderers (workers, cpus, gpus), cluster.train_cpus / train_gpus or the "
+    "numbers of workers; let stages take turns (cluster.mode=colocated); or join a larger cluster "
+    "(cluster.address)"
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,12 @@ class _Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """The phases of a run."""
+    """The phases of a run, or of what else `name` says."""
 
     phases: tuple[Phase, ...]
+    name: str = "the run"
+    remedy: str = _REMEDY
+    """What to do where it does not fit: the settings that it was made of."""
 
     def check(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """Raises ResourceError naming what does not fit. `nodes` are the resources of each node (`CPU`, `GPU`, ...)."""
@@ -124,7 +132,7 @@ class Plan:
             for share in sorted(phase.shares, key=lambda s: (s.gpus, s.cpus), reverse=True):
                 for _ in range(share.processes):
                     if not any(node.take(share) for node in free):
-                        raise ResourceError(_missing(phase, share, nodes))
+                        raise ResourceError(self._missing(phase, share, nodes))
                 places[phase.name, share.name] = {n.name: n.taken[share.name] for n in free if n.taken[share.name]}
         return places
 
@@ -134,6 +142,18 @@ class Plan:
             lines.append(f"{phase.name}: {phase.cpus:g} CPU, {phase.gpus:g} GPU")
             lines += [f"  {share}" for share in phase.shares]
         return "\n".join(lines)
+
+    def _missing(self, phase: Phase, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:
+        there = ", ".join(
+            f"{n.name}: {n.cpus:g} CPU, {len(n.gpus)} GPU" + (f", {n.memory / 1e9:.1f} GB" if n.memory < 1e18 else "")
+            for n in (_Node.of(i, resources) for i, resources in enumerate(nodes))
+        )
+        weights = f" and {share.weights / 1e9:.1f} GB of memory a process for its weights" if share.weights else ""
+        return (
+            f"{self.name} does not fit the cluster: no room for {share}{weights} in the phase {phase.name!r}.\n"
+            f"The phase asks for {phase.cpus:g} CPU and {phase.gpus:g} GPU at once; the cluster has "
+            f"{there or 'no node'}.\n{self.remedy}"
+        )
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -177,18 +197,3 @@ def weights_bytes(reference: str) -> int | None:
     if folder is None:
         return None
     return sum(file.stat().st_size for file in assets.weights(folder) or folder.rglob("*.safetensors"))
-
-
-def _missing(phase: Phase, share: Share, nodes: Sequence[Mapping[str, float]]) -> str:
-    there = ", ".join(
-        f"{n.name}: {n.cpus:g} CPU, {len(n.gpus)} GPU" + (f", {n.memory / 1e9:.1f} GB" if n.memory < 1e18 else "")
-        for n in (_Node.of(i, resources) for i, resources in enumerate(nodes))
-    )
-    weights = f" and {share.weights / 1e9:.1f} GB of memory a process for its weights" if share.weights else ""
-    return (
-        f"the run does not fit the cluster: no room for {share}{weights} in the phase {phase.name!r}.\n"
-        f"The phase asks for {phase.cpus:g} CPU and {phase.gpus:g} GPU at once; the cluster has {there or 'no node'}.\n"
-        "Lower cluster.samplers / cluster.renderers (workers, cpus, gpus), cluster.train_cpus / train_gpus or the "
-        "numbers of workers; let stages take turns (cluster.mode=colocated); or join a larger cluster "
-        "(cluster.address)"
-    )

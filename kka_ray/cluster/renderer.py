@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from kka_ray import assets, tracking
 from kka_ray.cluster import train
-from kka_ray.cluster.session import session
+from kka_ray.cluster.plan import Phase, Plan, Share
+from kka_ray.cluster.session import nodes, session
 from kka_ray.config.loading import dump, load
 from kka_ray.config.models import BackboneConfig
 from kka_ray.config.renderer import RendererConfig
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 _LOG = "training.jsonl"
 _RUN = "mlflow_run"
+_MARK = ".driver"
+_SEEN_WITHIN = 60.0
+"""Seconds until a file on shared storage is seen by every node."""
 _MATCHED = 20_000
 """Images at most that the similarity to texts is learned from."""
 _DATA = "data.safetensors"
@@ -47,7 +52,8 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     MLflow as well. `made_by` says in the model card how the weights came about.
 
     Raises ConfigError if there is a checkpoint of a training with other images, network, start or settings, but for
-    those that say how it ends.
+    those that say how it ends, or if a worker's node has another folder there than this one; ResourceError if the
+    workers do not fit the cluster.
     """
     from kka_ray.render.training import CHECKPOINT, check_checkpoint
 
@@ -59,6 +65,7 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     write_text(folder / "config.yaml", dump(config))
     say(f"training {config.name}: {config.training.steps} steps of {config.training.batch}; log: {folder / _LOG}")
     with session(config.cluster):
+        _plan(config).check(nodes())
         # The workers' current folder is another.
         here: dict[str, Any] = {
             "data": str(Path(config.data).expanduser().resolve()),
@@ -69,8 +76,13 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
         }
         config = config.model_copy(update=here)
         made_by = made_by or f"`kka renderer train configs/renderer/{config.name}.yaml`"
-        arguments = {"config": config, "folder": str(folder), "made_by": made_by}
-        train.run("renderer", renderer_worker, arguments, config.workers, config.cluster)
+        mark = secrets.token_hex(8)
+        arguments = {"config": config, "folder": str(folder), "mark": mark, "made_by": made_by}
+        write_text(folder / _MARK, mark)
+        try:
+            train.run("renderer", renderer_worker, arguments, config.workers, config.cluster)
+        finally:
+            (folder / _MARK).unlink(missing_ok=True)
     pipeline = folder / "pipeline"
     if not (pipeline / "model_index.json").is_file():
         raise StageError(f"the training ended without a pipeline in {pipeline}")
@@ -118,6 +130,14 @@ def finish_renderer(config: RendererConfig, steps: int, say: Callable[[str], Non
     return train_renderer(branch, say, made_by)
 
 
+def _plan(config: RendererConfig) -> Plan:
+    """The workers of a training."""
+    cluster = config.cluster
+    workers = Share("workers", config.workers, cluster.train_cpus, cluster.train_gpus, cluster.train_threads)
+    remedy = "Lower workers, cluster.train_cpus or cluster.train_gpus; or join a larger cluster (cluster.address)"
+    return Plan((Phase("train", (workers,)),), "the training", remedy)
+
+
 def _folder(config: RendererConfig) -> Path:
     """Where a training keeps all that it writes."""
     return (Path(config.output).expanduser() / config.name).resolve()
@@ -160,6 +180,7 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
     from kka_ray.render.training import train as train_network
 
     config, folder = arguments["config"], Path(arguments["folder"])
+    _check_shared(folder, arguments["mark"])
     torch.set_num_threads(arguments["threads"])
     rank, world = train.rank()
     files = broadcast_from_rank_zero(state_of_files(config) if rank == 0 else None)
@@ -199,6 +220,28 @@ def renderer_worker(arguments: dict[str, Any]) -> None:
         shown = backbone.extract([data.images[i] for i in rows[:SAMPLE]], patches=False).pooled
         save_reference(target, shown, backbone.identity, backbone.config.image_size)
         train_matcher(target, data, rows, backbone, TextEncoder(), config.network.max_text_tokens)
+
+
+def _check_shared(folder: Path, mark: str) -> None:
+    """Raises ConfigError unless the driver's mark is seen in a worker's folder, which then is the same.
+
+    What is written elsewhere would be lost, and workers would wait for the first one's images for ever.
+    """
+    asked = time.monotonic()
+    while not _holds(folder / _MARK, mark):
+        if time.monotonic() - asked > _SEEN_WITHIN:
+            raise ConfigError(
+                f"{folder} is not the driver's folder on this node: name shared storage, as in -o output=/shared/"
+                f"{folder.parent.name}"
+            )
+        time.sleep(1)
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except OSError:
+        return False  # not seen yet, or never to be
 
 
 def _identity(config: RendererConfig) -> dict[str, Any]:

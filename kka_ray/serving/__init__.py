@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kka_ray.cluster  # noqa: F401  sets what Ray reads from the environment, before anything here imports Ray
-from kka_ray.amounts import amount
 from kka_ray.config.models import ClusterConfig
 from kka_ray.config.serve import ServeConfig
 from kka_ray.errors import ResourceError
@@ -62,8 +61,14 @@ def start(run: str | Path, config: ServeConfig, blocking: bool, say: Callable[[s
     if not blocking:
         if not ray.is_initialized():
             raise ResourceError("a service that does not block needs a Ray cluster to live on: call ray.init() before")
+        from ray import serve
+
         _check_cluster(config)
-        return _deploy(run, config, make_token(), say)
+        try:
+            return _deploy(run, config, make_token(), say)
+        except BaseException:
+            serve.shutdown()  # what was started would go on, and the next start be refused for it
+            raise
     token = make_token()
     with installed(token.digest, config.max_total_bytes), session(ClusterConfig()):
         from ray import serve
@@ -165,14 +170,12 @@ def _check_serve_is_ours() -> None:
 
 def _check_room(config: ServeConfig) -> None:
     """Serve would wait for ever where the cluster is too small."""
-    import ray
+    from kka_ray.cluster.plan import Phase, Plan, Share
+    from kka_ray.cluster.session import nodes
 
-    there = ray.cluster_resources()
-    for name, each in (("CPU", config.cpus), ("GPU", config.gpus)):
-        needed = each * config.replicas
-        if needed > there.get(name, 0):
-            raise ResourceError(
-                f"for {amount(config.replicas, 'replica')} {needed:g} {name} are needed, the cluster has "
-                f"{there.get(name, 0):g}; "
-                "ask for fewer replicas, or for less a replica"
-            )
+    replicas = Share("replicas", config.replicas, config.cpus, config.gpus, config.threads)
+    remedy = (
+        "Lower the replicas (--replicas), or the cpus or gpus of each (ServeConfig); or join a larger cluster "
+        "(RAY_ADDRESS)"
+    )
+    Plan((Phase("serve", (replicas,)),), "the service", remedy).check(nodes())

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kka_ray import assets, tracking
 from kka_ray.cli import app
-from kka_ray.cluster.renderer import _data, _identity, _share, _Track, finish_renderer, train_renderer
+from kka_ray.cluster.renderer import _check_shared, _data, _identity, _share, _Track, finish_renderer, train_renderer
 from kka_ray.config.loading import load
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import RendererConfig
@@ -65,6 +65,52 @@ def test_workers_wait_for_the_images_of_the_first_one_however_long_it_takes(tmp_
     other = _data(config, tmp_path, 1, "as the first sees them")
     assert len(waited) == 3
     assert other.identity() == _data(config, tmp_path, 0, "as the first sees them").identity()
+
+
+def test_workers_that_do_not_fit_the_cluster_are_refused(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    monkeypatch.setattr("kka_ray.cluster.renderer.session", lambda _: nullcontext())
+    monkeypatch.setattr("kka_ray.cluster.renderer.nodes", lambda: [{"CPU": 8.0}])
+    monkeypatch.setattr("kka_ray.cluster.renderer.train.run", lambda *_: pytest.fail("it waits for a GPU"))
+    config = load(file, RendererConfig, [f"output={tmp_path}", "cluster.train_gpus=1", "workers=2"])
+    with pytest.raises(ResourceError, match=r"(?s)training does not fit .*workers: 2 x .*1 GPU.*cluster\.train_gpus"):
+        train_renderer(config, lambda _: None)
+
+
+def test_workers_find_the_driver_s_mark_in_its_folder_alone(tmp_path: Path, monkeypatch) -> None:
+    """A worker whose node has a disk of its own would train for itself, or wait for images that never come."""
+    file, elsewhere, now = tmp_path / "tiny.yaml", tmp_path / "elsewhere", 0.0
+    file.write_text(CONFIG)
+    (elsewhere / "tiny").mkdir(parents=True)
+    (elsewhere / "tiny" / ".driver").write_text("of an earlier training")
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def run(name: str, function: Any, arguments: dict[str, Any], *_: Any) -> None:
+        folder, mark = Path(arguments["folder"]), arguments["mark"]
+        _check_shared(folder, mark)
+        assert now == 0
+        with pytest.raises(ConfigError, match="is not the driver's folder on this node: .*-o output=/shared/elsewhere"):
+            function({**arguments, "folder": str(elsewhere / "tiny")})
+        assert now == pytest.approx(60, abs=2)
+        raise InterruptedError
+
+    monkeypatch.setattr("kka_ray.cluster.renderer.time", SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    monkeypatch.setattr("kka_ray.cluster.renderer.session", lambda _: nullcontext())
+    monkeypatch.setattr("kka_ray.cluster.renderer.nodes", lambda: [{"CPU": 8.0}])
+    monkeypatch.setattr("kka_ray.cluster.renderer.train.run", run)
+    with pytest.raises(InterruptedError):
+        train_renderer(load(file, RendererConfig, [f"output={tmp_path / 'here'}"]), lambda _: None)
+    assert [f.name for f in (tmp_path / "here" / "tiny").iterdir()] == ["config.yaml"]
+
+
+def test_a_mark_that_shared_storage_shows_late_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    seen = SimpleNamespace(sleep=lambda _: (tmp_path / ".driver").write_text("mark"), monotonic=lambda: 0.0)
+    monkeypatch.setattr("kka_ray.cluster.renderer.time", seen)
+    _check_shared(tmp_path, "mark")
 
 
 def test_a_folder_with_a_checkpoint_of_another_training_is_left_as_it_is(tmp_path: Path, monkeypatch) -> None:

@@ -165,6 +165,36 @@ def test_a_port_that_is_taken_here_may_be_free_on_the_head(tmp_path, monkeypatch
             start(tmp_path, config, blocking=False)
 
 
+def test_replicas_that_no_gpu_has_room_for_are_refused(monkeypatch):
+    def cluster(**resources):
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
+
+    cluster(CPU=8.0, GPU=2.0)
+    serving._check_room(ServeConfig(replicas=2, gpus=0.6))
+    with pytest.raises(ResourceError, match=r"(?s)service does not fit .*replicas: 3 x .*0.6 GPU.*--replicas"):
+        serving._check_room(ServeConfig(replicas=3, gpus=0.6))
+    cluster(CPU=1.0)
+    with pytest.raises(ResourceError, match="2 x"):
+        serving._check_room(ServeConfig(replicas=2))
+
+
+def test_a_service_that_does_not_start_leaves_nothing_running(tmp_path, monkeypatch):
+    from ray import serve
+
+    def fail(*_):
+        raise ResourceError("the service did not start")
+
+    (tmp_path / "detector.json").touch()
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(serving, "_check_cluster", lambda config: None)
+    monkeypatch.setattr(serving, "_deploy", fail)
+    monkeypatch.setattr(serve, "shutdown", lambda: ended.append(True))
+    with pytest.raises(ResourceError, match="did not start"):
+        start(tmp_path, ServeConfig(), blocking=False)
+    assert ended == [True]
+
+
 def test_the_token_of_a_running_service_survives_a_start_that_fails(tmp_path, monkeypatch):
     from ray import serve
 
