@@ -175,7 +175,21 @@ def detectors(result: Mapping[str, Any]) -> str:
         counts = sorted({r["count"] for r in own if r["count"]})
         given = f", {' or '.join(str(c) for c in counts)} anomalies" if counts else ""
         parts.append(f"### {data}\n\n{seeds} seeds{given}.\n\n{_table(table)}")
-    return "\n".join(parts) + _at_32px(rows, result.get("at_32px", {})) + _not_measured(rows)
+    return "\n".join(parts) + _against_knn(rows) + _at_32px(rows, result.get("at_32px", {})) + _not_measured(rows)
+
+
+def _against_knn(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much better SimpleNet is than k-NN on each data set, both fitted to normals only."""
+    auc: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["source"] == "none":
+            auc.setdefault((row["data"], row["detector"]), []).append(row["auc"])
+    better = [
+        f"{data} {statistics.fmean(auc[data, 'simplenet']) - statistics.fmean(auc[data, 'knn']):+.4f}"
+        for data in _distinct(rows, "data")
+        if {(data, "simplenet"), (data, "knn")} <= auc.keys()
+    ]
+    return f"\nSimpleNet less k-NN, fitted to normals only: {', '.join(better)}.\n" if better else ""
 
 
 def _not_measured(rows: Sequence[Mapping[str, Any]]) -> str:

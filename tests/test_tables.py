@@ -45,6 +45,17 @@ def test_the_distance_of_simplenet_at_32_px_from_the_paper_is_computed(tables: M
     assert "paper" not in tables.detectors({"rows": rows})
 
 
+def test_simplenet_is_held_against_knn_on_each_data_set(tables: ModuleType) -> None:
+    rows = [
+        *(_row("simplenet", auc, seed=seed) for seed, auc in enumerate((0.70, 0.72))),
+        _row("simplenet", 0.99, source="noise"),
+        *(_row("knn", auc, seed=seed) for seed, auc in enumerate((0.72, 0.73))),
+        {**_row("knn", 0.9), "data": "ucm_captions"},
+    ]
+    assert "fitted to normals only: cifar100_furniture -0.0150.\n" in tables.detectors({"rows": rows})
+    assert "less k-NN" not in tables.detectors({"rows": rows[:2]})
+
+
 def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: ModuleType) -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "renderer.json").read_text())
     more = {"fidelity_seeds": 3, "class_top1_std": 0.0123, "unseen_gain_ratio": 0.6, "unseen_gain_ratio_std": 0.1}
