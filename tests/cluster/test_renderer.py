@@ -201,6 +201,7 @@ def test_workers_track_where_the_driver_would(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kka_ray.cluster.renderer.session", lambda _: nullcontext())
+    monkeypatch.setattr("kka_ray.cluster.renderer.nodes", lambda: [{"CPU": 4.0}])
     monkeypatch.setattr("kka_ray.cluster.renderer.train.run", run)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     overrides = ["output=.", "data=images", "tracking.uri=sqlite:///db/mlflow.db"]
