@@ -89,16 +89,11 @@ class LoopResult:
 
     def images(self, ids: list[str]) -> list[np.ndarray]:
         """Drawn images by id, in that order."""
-        where = {id_: r.drawn for r in self.rounds for id_ in r.drawn.ids}
-        wanted: dict[int, list[str]] = {}
-        for id_ in ids:
-            wanted.setdefault(id(where[id_]), []).append(id_)
-        image = {
-            id_: image
-            for r in self.rounds
-            if (of_round := wanted.get(id(r.drawn)))
-            for id_, image in zip(of_round, r.drawn.images(of_round), strict=True)
-        }
+        wanted = set(ids)
+        image: dict[str, np.ndarray] = {}
+        for r in self.rounds:
+            own = [id_ for id_ in r.drawn.ids if id_ in wanted]
+            image |= zip(own, r.drawn.images(own), strict=True)
         return [image[id_] for id_ in ids]
 
 

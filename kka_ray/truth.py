@@ -26,7 +26,7 @@ def measure(result: LoopResult) -> dict[str, Any]:
     ids = [id_ for r in result.rounds for id_ in r.drawn.ids]
     if not ids or result.audit is None:
         return {}
-    flowers = reader.read(np.stack([image for r in result.rounds for image in r.drawn.images(r.drawn.ids)])).flowers
+    flowers = reader.read(np.stack(result.images(ids))).flowers
     distance = {id_: flower.distance for id_, flower in zip(ids, flowers, strict=True)}
     hardness = {v.id: v.hardness for v in result.audit.verdicts}
     kept = [distance[k.id] for k in result.rounds[-1].kept]
