@@ -12,11 +12,10 @@ from kka_ray.cluster.renderer import _network
 from kka_ray.config.models import RenderConfig
 from kka_ray.config.renderer import NetworkConfig, RendererConfig
 from kka_ray.errors import ConfigError
-from kka_ray.render import KkaFlowPipeline
 from kka_ray.render.distillation import Teacher
 from kka_ray.render.export import draw_samples, export_pipeline
 from kka_ray.render.index import check_renderer
-from kka_ray.render.pipeline import SHIFT, noise_levels
+from kka_ray.render.pipeline import SHIFT, KkaFlowPipeline, noise_levels
 from kka_ray.render.renderer import Renderer
 from kka_ray.render.training import Settings, Trainer, TrainingData
 from kka_ray.render.transformer import FlowTransformer

@@ -11,8 +11,8 @@ from torch.nn import functional
 from kka_ray.cluster.renderer import _network
 from kka_ray.config.renderer import NetworkConfig, RendererConfig
 from kka_ray.errors import ConfigError
-from kka_ray.render import KkaFlowPipeline
 from kka_ray.render.export import export_pipeline
+from kka_ray.render.pipeline import KkaFlowPipeline
 from kka_ray.render.training import Settings, Trainer
 from kka_ray.render.transformer import FlowTransformer
 from tests.render import tiny

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from kka_ray import assets
 from kka_ray.errors import AssetError
-from kka_ray.render import KkaFlowPipeline, export
+from kka_ray.render import export
 from kka_ray.render.export import export_pipeline
+from kka_ray.render.pipeline import KkaFlowPipeline
 from tests.render import tiny
 
 pytestmark = pytest.mark.usefixtures("fake_text")
@@ -204,7 +205,7 @@ def test_saved_pipeline_holds_no_text_encoder_and_draws_the_same(pipeline: KkaFl
 
 def test_diffusers_loads_the_folder_in_a_fresh_process(flow_folder: Path) -> None:
     code = (
-        "import kka_ray.render, sys\n"
+        "import kka_ray.render.pipeline, sys\n"
         "from diffusers import DiffusionPipeline\n"
         "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
         "print(type(pipeline).__name__, pipeline.transformer.config.width, pipeline.config.text_encoder)\n"

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from kka_ray.errors import ConfigError
-from kka_ray.render import KkaFlowPipeline
+from kka_ray.render.pipeline import KkaFlowPipeline
 from kka_ray.render.training import CHECKPOINT, Settings, Trainer, TrainingData, rate_factor, train
 from kka_ray.render.transformer import FlowTransformer
 from tests.render import tiny

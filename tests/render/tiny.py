@@ -24,7 +24,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from kka_ray.render import KkaFlowPipeline
+from kka_ray.render.pipeline import KkaFlowPipeline
 from kka_ray.render.transformer import FlowTransformer
 
 

@@ -214,6 +214,7 @@ def test_the_token_of_a_running_service_survives_a_start_that_fails(tmp_path, mo
     before = running.token_file.read_text()
     assert before.strip() not in said[0]
     monkeypatch.setattr(serve, "run", fail)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={}))
     with pytest.raises(ResourceError, match="no room"):
         serving._deploy(tmp_path, ServeConfig(), make_token(), said.append)
     assert running.token_file.read_text() == before
