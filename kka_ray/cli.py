@@ -359,10 +359,11 @@ def bench_demo(
     verbose: Verbose = False,
 ) -> None:
     """Runs the demo once a seed and holds its means against what it is meant to show."""
+    resolved = load(config, RunConfig, override or ())
+
     from kka_ray import benchmark
     from kka_ray.terminal import Reporter
 
-    resolved = load(config, RunConfig, override or ())
     with Reporter(console) as reporter:
         result = benchmark.demo(resolved, seeds, target, reporter.progress, _say, verbose=verbose)
     console.print(benchmark.table(result))
@@ -385,6 +386,9 @@ def bench_detectors(
     again: Annotated[bool, typer.Option("--again", help="measure anew what is there")] = False,
 ) -> None:
     """Measures every detector with every source of anomalies without a language model. The same command goes on."""
+    if not data.is_dir():
+        raise ConfigError(f"--data {data} is no folder; name the one with the Parquet data sets")
+
     from kka_ray import detector_benchmark
     from kka_ray.store import Store
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -316,7 +317,8 @@ def _images(data: FolderData, seed: int) -> Finding:
         count = FolderModule(data, seed).look()
     except DataError as error:
         return Finding("data.path", "wrong", str(error), "see there")
-    there, least = f"{amount(count, 'normal image')} in {data.path}", least_normals(data.validation)
+    # They are not opened: that may take long.
+    there, least = f"{amount(count, 'file')} named like normal images in {data.path}", least_normals(data.validation)
     if count < least:
         return Finding("data.path", "wrong", f"{there}, needs {least}", "add some")
     return Finding("data.path", "ok", there)
@@ -331,6 +333,8 @@ def _model_remedy(key: str, reference: str) -> str:
     if kind == "hub":
         repository, _, revision = name.partition("@")
         return f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
+        return f"kka run CONFIG -o {key}=hub:{reference}  # if the hub's is meant, and no folder"
     return f"kka run CONFIG -o {key}=REFERENCE  # builtin:NAME, hub:ORG/NAME or a folder"
 
 

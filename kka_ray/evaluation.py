@@ -19,8 +19,8 @@ from kka_ray.cluster.fits import fit_worker
 from kka_ray.config.models import AnomalyWeights, Detector, RunConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.detectors import build, outside, sources
+from kka_ray.detectors.tuned import CALIBRATION, TunedDetector
 from kka_ray.detectors.tuned import VERSION as FIT_VERSION
-from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
 from kka_ray.features import views
 from kka_ray.features.base import Features
@@ -315,6 +315,7 @@ def _fit_all(
                     "weights": arm.weights,
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,
+                    "calibration": CALIBRATION,
                     "threads": config.cluster.train_threads,
                     "sharing": config.detect.workers if config.detect.share == "steps" else 1,
                     "versions": versions.computing(config.cluster.train_runtime_env.pip),

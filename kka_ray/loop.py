@@ -68,6 +68,14 @@ class Round:
     """Lines that `perplexity` leaves out, as they could not be scored."""
 
 
+class _NotAllScored(Exception):
+    """Measures that are not to be kept under the key of all lines: the next run may score those that are left out."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        super().__init__()
+        self.found = found
+
+
 @dataclass
 class LoopResult:
     """All rounds, the auditor's verdicts over them, and the outputs that hold it all."""
@@ -261,24 +269,22 @@ class Loop:
             self._start_ahead(len(result.rounds))  # a round that is found in the store is soon followed by the next
             log_probs, usage, unscored = self.streamer.log_probs(asked, lines) if measured else (None, {}, 0)
             stripped = [line.strip() for line in lines]
-            attempt.json(
-                {
-                    "diversity": drift.diversity(self.encoder.embed(stripped)),
-                    "distinct_2": drift.distinct_2(stripped),
-                    "unique_share": drift.unique_share(stripped),
-                    "perplexity": None if log_probs is None else drift.perplexity(log_probs),
-                    "usage": usage,
-                    "unscored": unscored,
-                },
-                "drift",
-            )
+            found = {
+                "diversity": drift.diversity(self.encoder.embed(stripped)),
+                "distinct_2": drift.distinct_2(stripped),
+                "unique_share": drift.unique_share(stripped),
+                "perplexity": None if log_probs is None else drift.perplexity(log_probs),
+                "usage": usage,
+                "unscored": unscored,
+            }
+            if unscored:
+                raise _NotAllScored(found)
+            attempt.json(found, "drift")
 
-        output = self.store.get_or_make("drift", drift.VERSION, key_inputs, make)
-        found = dict(output.json("drift"))
-        if found["unscored"]:  # the next run may score all of them
-            self.store.remove("drift", output.key)
-            self.store.used.discard(("drift", output.key))
-        return found
+        try:
+            return dict(self.store.get_or_make("drift", drift.VERSION, key_inputs, make).json("drift"))
+        except _NotAllScored as partial:
+            return partial.found
 
     def _judge(self, result: LoopResult, drawn: Drawn, descriptions: list[Description]) -> judging.JudgeResult:
         """Cross-fitted verdicts on all images drawn so far."""

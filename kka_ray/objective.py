@@ -80,9 +80,8 @@ def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress
 def reference_of(result: LoopResult) -> Reference:
     """The reference in a loop's zero-th round. Raises StageError if it is too small."""
     assert result.audit is not None
-    first, told = result.rounds[0], result.audit.diagnostics
+    first, sound = result.rounds[0], result.audit.sound
     # Images of an evaluator that collapsed are between as well: it says nothing of them.
-    sound = [v for v in result.audit.verdicts if not told.get(f"fold_{v.fold}/collapsed")]
     wanted = {v.id for v in sound if v.label in _LABELS}
     ids = tuple(sorted(id_ for id_ in first.drawn.ids if id_ in wanted))
     if len(ids) < FEWEST:

@@ -11,6 +11,7 @@ the earlier.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -321,7 +322,7 @@ class Store:
 
     def names(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of everything with a marker; reads none of them."""
-        for path in sorted(self.filesystem.glob(self.path("*", "*", _MARKER))):
+        for path in sorted(self.filesystem.glob(f"{glob.escape(self.path())}/*/*/{_MARKER}")):
             stage, key = path.split("/")[-3:-1]
             yield stage, key
 

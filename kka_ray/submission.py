@@ -8,6 +8,7 @@ which anyone with access to the dashboard can read.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+import yaml
 from aiohttp import ClientError
 from rich.console import Console
 from rich.markup import escape
@@ -96,7 +98,9 @@ def submit_and_follow(
     `client` stands in for Ray's `JobSubmissionClient`. Raises ConfigError or ResourceError before anything is
     submitted; a job that fails is a status and not an error.
     """
-    entry(wanted, here=True)  # what no cluster would take is said before one is asked
+    # What no cluster would take is said before one is asked.
+    entry(wanted, here=True)
+    runtime_env(wanted, os.environ, token=False, here=True)
     headers = authenticate(address, console, allow_unauthenticated=allow_unauthenticated)
     here = _is_here(address, headers)
     entrypoint = entry(wanted, here=here)
@@ -160,7 +164,7 @@ def entry(wanted: Submission, *, here: bool) -> str:
         if given[name] == value:
             continue
         if here:
-            overrides.append(f"{prefix}{name}={value}")
+            overrides.append(f"{prefix}{name}={_written(value)}")
         elif name in _WRITTEN:
             raise ConfigError(
                 f"{name} is {given[name]!r}, which a job would write into its upload, a temporary folder of the "
@@ -173,6 +177,15 @@ def entry(wanted: Submission, *, here: bool) -> str:
             )
     options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
+
+
+def _written(path: str) -> str:
+    """A path as an override gives it, whose value is read as YAML: quoted where that reads something else."""
+    try:
+        plain = yaml.safe_load(path) == path
+    except yaml.YAMLError:
+        plain = False
+    return path if plain else json.dumps(path, ensure_ascii=False)
 
 
 def _check_uploaded(named: Sequence[Path], file: Path, folder: Path, *, here: bool) -> None:

@@ -29,6 +29,7 @@ from rich.table import Table
 from kka_ray import places, tracking
 from kka_ray.amounts import amount
 from kka_ray.cluster import leases
+from kka_ray.cluster.budget import BudgetError
 from kka_ray.cluster.placement import bundles
 from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
 from kka_ray.cluster.session import nodes, session
@@ -40,6 +41,7 @@ from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
 from kka_ray.experiment import (
     ANOTHER_NAME,
     absolute,
+    check_data,
     check_libraries,
     check_outside,
     check_room,
@@ -140,6 +142,7 @@ def _run(
         check_libraries(trial.config)
         check_renderer(trial.config.render)
     _check_outside(champions)
+    check_data(base)
     store = Store(base.store.uri)
     check_room(store)
     tracking.check(base)
@@ -159,7 +162,11 @@ def _run(
         for config in {t.config.render.pipeline: t.config for t in trials}.values():
             for warning in warnings(config, store, prepared):
                 say(warning)
-        reference = make_reference(base, store, prepared, progress)
+        try:
+            reference = make_reference(base, store, prepared, progress)
+        except (ResourceError, BudgetError):
+            unbegun.pop_all()  # the same command goes on: until then `kka gc` is to spare what was made
+            raise
         note(
             f"reference: {amount(len(reference.ids), 'drawn anomaly', 'drawn anomalies')} and "
             f"{amount(len(reference.normals), 'drawn normal')}, the same in {amount(len(sweep.trials), 'trial')}"

@@ -26,11 +26,12 @@ LEAST = 50
 def measure(result: LoopResult, encoder: TextEncoder, rejected: Collection[str]) -> dict[str, Any]:
     """`told` of the lines that the auditor judged, by the embeddings of their texts.
 
-    `rejected` are the labels that hard ones are preferred to. Lines whose image does not show them say nothing.
+    `rejected` are the labels that hard ones are preferred to. Lines whose image does not show them say nothing,
+    nor do images whose evaluator collapsed.
     """
     text = {d.id: d.text for r in result.rounds for d in r.descriptions}
     mismatched = {id_ for r in result.rounds for id_ in r.drawn.mismatched}
-    verdicts = [v for v in result.audit.verdicts if v.id not in mismatched] if result.audit else []
+    verdicts = [v for v in result.audit.sound if v.id not in mismatched] if result.audit else []
     labels = np.array([v.label for v in verdicts])
     embedded = encoder.embed([text[v.id] for v in verdicts]) if verdicts else np.zeros((0, 1))
     return told(embedded, np.array([v.hardness for v in verdicts]), labels == "hard", np.isin(labels, list(rejected)))

@@ -19,8 +19,8 @@ def measure(result: LoopResult) -> dict[str, Any]:
     """True attributes of the drawn pictures against the auditor's verdicts and the kept set.
 
     `spearman`: rank correlation of hardness with the number of attributes outside the normal range, over all drawn
-    pictures. `kept_normal_share`: share of the kept pictures that are in truth normal. `distance_by_round`: mean
-    distance of the pictures drawn in each round.
+    pictures but those whose evaluator collapsed. `kept_normal_share`: share of the kept pictures that are in truth
+    normal. `distance_by_round`: mean distance of the pictures drawn in each round.
     """
     reader = FlowerReader.load()
     ids = [id_ for r in result.rounds for id_ in r.drawn.ids]
@@ -28,13 +28,13 @@ def measure(result: LoopResult) -> dict[str, Any]:
         return {}
     flowers = reader.read(np.stack(result.images(ids))).flowers
     distance = {id_: flower.distance for id_, flower in zip(ids, flowers, strict=True)}
-    hardness = {v.id: v.hardness for v in result.audit.verdicts}
+    hardness = {v.id: v.hardness for v in result.audit.sound}
     kept = [distance[k.id] for k in result.rounds[-1].kept]
     by_label: dict[str, list[int]] = {}
     for verdict in result.audit.verdicts:
         by_label.setdefault(verdict.label, []).append(distance[verdict.id])
     return {
-        "spearman": _finite(spearmanr([hardness[i] for i in ids], [distance[i] for i in ids]).statistic),
+        "spearman": _finite(spearmanr(list(hardness.values()), [distance[i] for i in hardness]).statistic),
         "kept_normal_share": sum(d == 0 for d in kept) / len(kept) if kept else 0.0,
         "kept_mean_distance": float(np.mean(kept)) if kept else 0.0,
         "distance_by_round": [

@@ -62,9 +62,10 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
     kinds = {"kka run": RunConfig, "kka renderer train": RendererConfig, "kka doctor": RunConfig}
     for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            kind = next((k for k in kinds if line.startswith(f"{k} configs/")), None)
+            # Of any configuration the demo's is one.
+            kind = next((k for k in kinds if line.startswith((f"{k} configs/", f"{k} CONFIG"))), None)
             if kind:
-                words = shlex.split(line, comments=True)
+                words = shlex.split(line.replace(" CONFIG ", " configs/demo.yaml "), comments=True)
                 overrides = [value for option, value in itertools.pairwise(words) if option == "-o"]
                 load(words[len(kind.split())], kinds[kind], overrides)
 

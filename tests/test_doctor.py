@@ -149,6 +149,8 @@ def test_what_a_configuration_lacks_is_named(monkeypatch, tmp_path):
     assert found["describe.sampler.model"].remedy == "hf download org/llm --revision abc"
     assert "-o backbone.model=" in found["backbone.model"].remedy
     assert found["render.pipeline"].state == "ok"
+    found = _by_name(examine(_config(render={"pipeline": "org/pipeline"})))
+    assert "-o render.pipeline=hub:org/pipeline" in found["render.pipeline"].remedy
     installed = _config(preference={"load_in_4bit": True}, cluster={"train_runtime_env": {"pip": ["bitsandbytes"]}})
     assert _by_name(examine(installed))["bitsandbytes"].state == "info"
 
@@ -234,7 +236,7 @@ def test_a_home_folder_is_found_as_a_run_finds_it(monkeypatch, tmp_path):
     ("count", "settings", "said"),
     [
         (0, {}, "holds no image"),
-        (9, {}, "9 normal images in .*, needs 10"),
+        (9, {}, "9 files named like normal images in .*, needs 10"),
         (12, {"captions": "none.csv"}, r"none\.csv cannot be read"),
         (12, {"captions": "some.csv"}, "no caption for 11 of the normal images"),
         (12, {"group": "part(\\d)_"}, "is found in no name"),
@@ -250,7 +252,8 @@ def test_images_that_a_run_could_not_use_are_named(tmp_path, count, settings, sa
     assert re.search(said, found.detail)
     assert found.remedy
     if count == 12:
-        assert _by_name(examine(_config(data=data)))["data.path"].detail == f"12 normal images in {tmp_path}"
+        detail = _by_name(examine(_config(data=data)))["data.path"].detail
+        assert detail == f"12 files named like normal images in {tmp_path}"
 
 
 def test_long_paths_are_shown_whole():

@@ -179,6 +179,7 @@ def test_a_run_is_named_by_what_was_written_wherever_it_is_started(
 
     config = run_config(data={"kind": "cifar100", "path": "cifar100"})
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100").mkdir()
     seen: list[str] = []
 
     class Stop(Exception):
@@ -315,6 +316,19 @@ def test_the_name_of_a_run_that_wrote_no_line_is_free_for_it_when_mended(
     with pytest.raises(DataError, match="seed 2"):
         experiment.run(run_config(seed=2, **there), lambda *_: None, pytest.fail)
     assert (tmp_path / "runs" / "x" / "config.yaml").is_file()
+
+
+def test_a_data_set_that_is_not_there_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    there = {"output": str(tmp_path / "runs"), "store": {"uri": str(tmp_path / "store")}}
+    (tmp_path / "empty").mkdir()
+    for data, said in (
+        ({"kind": "cifar100", "path": str(tmp_path / "none")}, "none is no folder"),
+        ({"kind": "folder", "path": str(tmp_path / "none"), "description": "a screw"}, "none does not exist"),
+        ({"kind": "folder", "path": str(tmp_path / "empty"), "description": "a screw"}, "holds no image"),
+    ):
+        with pytest.raises(DataError, match=said):
+            experiment.run(run_config(data=data, **there), lambda *_: None, pytest.fail)
+    assert [f.name for f in tmp_path.iterdir()] == ["empty"]
 
 
 def test_a_run_that_its_store_its_room_its_tracking_or_its_cluster_refused_leaves_its_name_free(

@@ -212,3 +212,10 @@ def test_a_storage_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         remote.find("fit", "k")
     with pytest.raises(ResourceError, match="Unable to locate credentials"):
         remote.put("/refusing/x", b"x")
+
+
+@pytest.mark.parametrize("name", ["runs[1]", "a*b", "what?", "[a-z]"])
+def test_a_store_whose_path_looks_like_a_pattern_is_not_empty(tmp_path: Path, name: str) -> None:
+    store = Store(str(tmp_path / name))
+    made = store.get_or_make("x", 1, {}, lambda attempt: attempt.json(1, "value"))
+    assert list(store.names()) == [("x", made.key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from rich.console import Console
 
 from jobs import entry as job_entry
 from kka_ray import submission
+from kka_ray.config import RunConfig, load
 from kka_ray.config.sweep import load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.submission import Submission, authenticate, entry, read_token, runtime_env, submit_and_follow
@@ -149,6 +151,13 @@ def test_on_this_machine_relative_folders_are_made_absolute(
     assert command.endswith(f"-o output={tmp_path / 'runs'} -o store.uri={tmp_path / 'runs' / 'store'}")
     command = entry(Submission("sweep", repository / "sweep.yaml", ("run.store.uri=s3://b",), repository), here=True)
     assert command.endswith(f"-o run.store.uri=s3://b -o run.output={tmp_path / 'runs'}")
+    commented = tmp_path / "exp #3"
+    commented.mkdir()
+    monkeypatch.chdir(commented)
+    command = entry(Submission("run", repository / "run.yaml", (), repository), here=True)
+    given = [part for before, part in itertools.pairwise(shlex.split(command)) if before == "-o"]
+    assert load(repository / "run.yaml", RunConfig, given).output == str(commented / "runs")
+    monkeypatch.chdir(tmp_path)
     photographs = ("data={kind: cifar100, path: furniture}", *SHARED)
     command = entry(Submission("run", repository / "run.yaml", photographs, repository), here=True)
     assert command.endswith(f"-o data.path={tmp_path / 'furniture'}")

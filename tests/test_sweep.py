@@ -445,6 +445,7 @@ def test_trials_keep_what_they_make_in_the_drivers_folders(
     monkeypatch.setattr(sweep.tune, "report", lambda metrics: None)
     monkeypatch.setattr(sweep.tracking, "start_run", lambda *_, **__: "run")
     monkeypatch.setattr(sweep.tracking, "end_run", lambda *_, **__: None)
+    (tmp_path / "cifar100").mkdir()
     here = {"data": Cifar100Data(kind="cifar100", path="cifar100"), "output": "out"}
     ours = tuple(replace(t, config=t.config.model_copy(update=here)) for t in small.trials)
     config = small.config.model_copy(update={"champion_evaluation": False})
@@ -581,6 +582,16 @@ def test_the_name_of_a_sweep_that_began_no_trial_is_free_for_it_when_mended(
         with pytest.raises(StageError, match="refused"):
             started(swept(f"run.loop.lines={lines}"))
         assert not folder.exists()
+
+    def fill_the_disk(*_: Any) -> Any:
+        raise ResourceError("the disk is full")
+
+    monkeypatch.setattr(sweep, "make_reference", fill_the_disk)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        started(swept())
+    assert [f.name for f in folder.iterdir()] == ["sweep.yaml"], "what the store has of it is not to be collected"
+    monkeypatch.setattr(sweep, "make_reference", refuse)
+    (folder / "sweep.yaml").unlink()
 
     sweep._claim(Place(str(folder), folder), swept().config)  # and then interrupted
     with pytest.raises(StageError, match="refused"):

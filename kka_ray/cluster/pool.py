@@ -123,13 +123,15 @@ class Pool:
     def open(self) -> None:
         """Starts the actors, which load while others are busy; else they start with the first chunk."""
         if not self._workers:
-            self._idle_since = time.monotonic()
             self._group = reserve(self.name, self.size, self.config)
+            self._idle_since = time.monotonic()
             places = seats(self.name, self.size.workers, self._group, self.config)
             self._workers = [self._start_worker(seat) for seat in places]
 
     def submit(self, number: int, task: Task) -> None:
         """Queues a chunk."""
+        if not self.busy:  # nobody looked at the workers while there was nothing to do
+            self._idle_since = time.monotonic()
         self._waiting.append(_Item(number, task))
         self._fill()
 

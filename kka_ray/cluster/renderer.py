@@ -52,11 +52,14 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
     MLflow as well. `made_by` says in the model card how the weights came about.
 
     Raises ConfigError if there is a checkpoint of a training with other images, network, start or settings, but for
-    those that say how it ends, or if a worker's node has another folder there than this one; ResourceError if the
+    those that say how it ends, or if a worker's node has another folder there than this one; DataError if a source's
+    folder is not there; ResourceError if the
     workers do not fit the cluster.
     """
+    from kka_ray.render.sources import check_folders
     from kka_ray.render.training import CHECKPOINT, check_checkpoint
 
+    check_folders(config)
     folder = _folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "checkpoint" / CHECKPOINT).is_file():

@@ -169,7 +169,11 @@ class Ahead:
 
         Where it got no places, it is started again: part of its wait, or all, was while others had them.
         """
-        self._open(dict(arguments))
+        try:
+            self._open(dict(arguments))
+        except DIED:  # nobody can tell that job anything any more
+            self._thread.join(_CANCEL_SECONDS)
+            return self._run(arguments)
         self._thread.join()
         if isinstance(self._error, NotFreeError):
             return self._run(arguments)

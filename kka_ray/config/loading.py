@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -14,13 +15,14 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
-from kka_ray.config.strict import NAME, TEXT
+from kka_ray.config.strict import NAME, TEXT, URL
 from kka_ray.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 _WORDS = {
     "name": "must begin with a letter or digit and hold only A-Z, a-z, 0-9, '.', '_' and '-': it names a folder",
+    "url": "must be a URL that begins with http:// or https://, as in http://localhost:8000/v1, without a user's name",
     "string_type": "must be a text, in quotes if YAML takes it for something else",
     "tuple_type": "must be a list, as in [a, b]",
     "list_type": "must be a list, as in [a, b]",
@@ -29,6 +31,8 @@ _WORDS = {
     "model_attributes_type": "must be a mapping, as in {key: value}",
 }
 """What is said of YAML where pydantic speaks of Python's types and of patterns."""
+
+_PATTERNS = {NAME: "name", URL: "url"}
 
 
 def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
@@ -40,11 +44,15 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     """
     values = read(Path(path))
     _refuse_another_verbs(values, model, str(path))
+    before = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
     if overrides:
         _give_texts_back(values, model, overrides)
-    return _check(values, model, str(path), overridable=True)
+    try:
+        return _check(values, model, str(path), overridable=True)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_of_another_kind(str(error), before, values)}") from None
 
 
 def parse(values: Mapping[str, Any], model: type[Model], source: str) -> Model:
@@ -184,6 +192,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
     inner[last] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
+def _of_another_kind(said: str, before: Any, after: Any, name: str = "") -> str:
+    """What to do where an override gave a section another `kind` and the rest, of the kind before, is at fault."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return ""
+    kinds = before.get("kind"), after.get("kind")
+    if name and None not in kinds and kinds[0] != kinds[1] and f"\n  {name}." in said:
+        return (
+            f"\n  {name} is of kind {kinds[0]} in the file, and keeps its other keys where only the kind is changed: "
+            f"give it whole, as in -o '{name}={{kind: {kinds[1]}}}'"
+        )
+    inner = ((key, f"{name}.{key}" if name else key) for key in before.keys() & after.keys())
+    return "".join(_of_another_kind(said, before[key], after[key], place) for key, place in sorted(inner))
+
+
 def _give_texts_back(values: dict[str, Any], model: type[BaseModel], overrides: Sequence[str]) -> None:
     """What YAML takes for a number, a date or a truth value is the text again where `model` wants one."""
     given = {tuple(name.split(".")): text for name, _, text in (override.partition("=") for override in overrides)}
@@ -218,8 +240,8 @@ def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:
         return f"{where}.kind: there is no {tag!r}{_instead(tag, place.choices)}"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == TEXT:
         return f"{where}: must say something ({place.description})"
-    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME:
-        kind = "name"
+    if kind == "string_pattern_mismatch":
+        kind = _PATTERNS.get(error["ctx"]["pattern"], kind)
     said = _WORDS.get(kind) or error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | None) else ""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kka_ray.config.samplers import ApiSampler, Sampler, TransformersSampler, VllmSampler
-from kka_ray.config.strict import NAME, TEXT, Strict
+from kka_ray.config.strict import NAME, TEXT, FolderOrUri, Strict, or_of_kind
 
 SEEDS = 4_000_000
 """How many seeds a run may have: a round's, a thousand times as large, still fits 32 bits."""
@@ -272,7 +272,7 @@ class FusedEvaluator(Strict):
         return self
 
 
-Evaluator = Annotated[DeepSad | KnnEvaluator | FusedEvaluator, Field(discriminator="kind")]
+Evaluator = Annotated[DeepSad | KnnEvaluator | FusedEvaluator, Field(discriminator="kind"), or_of_kind("deep_sad")]
 
 
 class ConfusionConfig(Strict):
@@ -615,7 +615,12 @@ class DetectConfig(Strict):
     detectors: tuple[Detector, ...] = (SimpleNet(), Knn(kind="knn"), LinearHead(kind="fused"))
     headline: str = Field("simplenet", description="kind of the detector in the headline table and in the service")
     seeds: int = Field(3, ge=1)
-    false_positive_rate: float = Field(0.05, gt=0, lt=1, description="of validation normals, sets the threshold")
+    false_positive_rate: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="of new normal images at most, sets the threshold; takes 1 / rate validation normals",
+    )
     controls: tuple[Control, ...] = Field(
         ("noise", "cutpaste", "drawn_normals"),
         description="anomaly sets without a language model, for comparison: as many images as the kept set has, or all "
@@ -745,7 +750,7 @@ class TrackingConfig(Strict):
 class StoreConfig(Strict):
     """Where stage outputs are kept: a folder or any fsspec URI."""
 
-    uri: str = "runs/store"
+    uri: FolderOrUri = "runs/store"
 
 
 class RunConfig(Strict):
@@ -764,7 +769,7 @@ class RunConfig(Strict):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
-    output: str = Field("runs", description="folder of the runs, or any fsspec URI; this one's is OUTPUT/NAME")
+    output: FolderOrUri = Field("runs", description="folder of the runs, or any fsspec URI; this one's is OUTPUT/NAME")
 
     @model_validator(mode="after")
     def _results_can_be_tracked(self) -> RunConfig:

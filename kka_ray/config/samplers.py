@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kka_ray.config.strict import Strict
+from kka_ray.config.strict import URL, Strict, or_of_kind
 
 
 class TransformersSampler(Strict):
@@ -100,9 +100,7 @@ class ApiSampler(Strict):
     """Sampling over the network from an OpenAI-compatible completions API, hosted or local. Without DPO only."""
 
     kind: Literal["api"]
-    base_url: str = Field(
-        pattern=r"^https?://[^\s@]+$", description="up to and with the version: http://localhost:8000/v1"
-    )
+    base_url: str = Field(pattern=URL, description="up to and with the version: http://localhost:8000/v1")
     model: str = Field(description="the model's name there")
     key_variable: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the key; null: no key"
@@ -147,4 +145,6 @@ class ApiSampler(Strict):
             )
 
 
-Sampler = Annotated[TransformersSampler | VllmSampler | ApiSampler, Field(discriminator="kind")]
+Sampler = Annotated[
+    TransformersSampler | VllmSampler | ApiSampler, Field(discriminator="kind"), or_of_kind("transformers")
+]

@@ -27,7 +27,7 @@ from kka_ray.features.base import Features
 from kka_ray.records import Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class JudgeResult:
     diagnostics, all finite: for each fold `k` that judged something, `fold_k/` with `judged`, `trained_on` (drawn
     images), `relative_variance` of the validation normals' embeddings, `collapsed` (0 or 1) and `auc` of the validation
     normals against the held-out drawn images; over all, `drawn` (images), `collapsed_folds`, mean `auc`,
-    `median_hardness`, the shares `share/LABEL`, and with a band its `band_lower`, `band_upper`, `band_easy` and
-    `band_empty` (0 or 1). With no images there is `drawn` = 0 alone.
+    `median_hardness` (of the `sound` verdicts; 0 without), the shares `share/LABEL`, and with a band its `band_lower`,
+    `band_upper`, `band_easy` and `band_empty` (0 or 1). With no images there is `drawn` = 0 alone.
     trained_on: for each fold that judged something, the ids of the drawn images that its evaluator trained on.
     band: None with rule `paper` and with no images.
     """
@@ -65,6 +65,11 @@ class JudgeResult:
     trained_on: dict[int, tuple[str, ...]] = field(default_factory=dict)
     validation_hardness: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Hardness of the validation normals under each fold's evaluator, float64 (folds x validation normals,)."""
+
+    @property
+    def sound(self) -> list[Verdict]:
+        """The verdicts of evaluators that did not collapse: the hardness in the others says nothing."""
+        return [v for v in self.verdicts if not self.diagnostics.get(f"fold_{v.fold}/collapsed")]
 
 
 def write_result(attempt: Attempt, result: JudgeResult) -> None:
@@ -273,7 +278,9 @@ def _diagnostics(
         out[f"{name}/auc"] = fold.auc
     out["collapsed_folds"] = float(sum(f.collapsed for f in folds))
     out["auc"] = float(np.mean([f.auc for f in folds]))
-    out["median_hardness"] = float(np.median([v.hardness for v in verdicts]))
+    collapsed = {f.number for f in folds if f.collapsed}
+    told = [v.hardness for v in verdicts if v.fold not in collapsed]
+    out["median_hardness"] = float(np.median(told)) if told else 0.0
     for label in ("normal_like", "hard", "between", "easy"):
         out[f"share/{label}"] = sum(v.label == label for v in verdicts) / len(verdicts)
     if band is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 """Part of the store's keys."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kka_ray.detectors.tuned import TunedDetector
-from kka_ray.errors import ResourceError
+from kka_ray.errors import ConfigError, ResourceError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.onnx import to_onnx
 from kka_ray.files import written
@@ -22,9 +22,11 @@ def export_onnx(tuned: TunedDetector, file: Path) -> None:
 
     Input `images`: float32 (N, 3, S, S), RGB in 0..255, resized to the backbone's `image_size` S. Output `score`:
     float32 (N,), as `TunedDetector.score_images` gives. The model's metadata say S, the detector, and the threshold,
-    median and MAD of the validation normals. Raises ConfigError if ONNX is not installed or the detector has no such
-    form, ResourceError if the file cannot be written.
+    median and MAD of the validation normals. Raises ConfigError if ONNX is not installed, the detector has no such form
+    or was loaded to be run by ONNX, ResourceError if the file cannot be written.
     """
+    if tuned.backbone.engine != "torch":
+        raise ConfigError(f"only a detector on the engine torch can be exported, not on {tuned.backbone.engine}")
     with _writing(file):
         _try(file)  # the conversion takes its time
     size, calibration = tuned.backbone.config.image_size, tuned.calibration

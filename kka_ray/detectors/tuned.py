@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from kka_ray.features.robust import Robust
 from kka_ray.files import sha256, write_json, written
 
 VERSION = 25
-"""Part of the store's keys; raised when what is fitted changes."""
+"""Part of the store's keys; raised when what is fitted changes, and with it the scores."""
+CALIBRATION = 2
+"""Likewise part of them; raised when what is read off the scores of validation normals changes."""
 
 _FORMAT = 2
 """1 has no scale of heat maps: such a detector scores, but shows none."""
@@ -41,7 +44,8 @@ class Scores:
 
     score: float32 (N,), higher is more anomalous, in the detector's own unit.
     robust_z: float32 (N,), MADs above the median of validation normals.
-    percentile: float32 (N,), 0 to 100, share of validation normals that score less; saturates beyond the worst one.
+    percentile: float32 (N,), 0 to 100, the place among the scores of validation normals, interpolated between two of
+    them; saturates beyond the worst one.
     anomalous: bool (N,), whether the score exceeds the threshold.
     """
 
@@ -70,10 +74,13 @@ class Calibration:
     def of(cls, scores: np.ndarray, false_positive_rate: float, heat: np.ndarray | None = None) -> Self:
         """Of validation normals' scores (N,) and heat maps (N, h, w), None where there are none.
 
-        The threshold is the scores' quantile `1 - false_positive_rate`.
+        The threshold is the score that a new normal image exceeds with at most that probability, if it comes from
+        where these come from (the rank of split conformal prediction: Vovk et al., 2005). Of N scores the largest is
+        exceeded with 1 / (N + 1): where that is more, it is the threshold.
         """
-        values = scores.astype(np.float64)
-        threshold = float(np.quantile(values, 1 - false_positive_rate))
+        values = np.sort(scores.astype(np.float64))
+        rank = math.ceil((len(values) + 1) * (1 - false_positive_rate) - 1e-9)
+        threshold = float(values[min(max(rank, 1), len(values)) - 1])
         steps = tuple(float(q) for q in np.quantile(values, _QUANTILES))
         hottest = None if heat is None else Robust.of(heat.max((1, 2)))
         return cls(threshold, false_positive_rate, Robust.of(scores), steps, hottest)

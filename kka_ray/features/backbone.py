@@ -87,6 +87,11 @@ class Backbone:
         """The frozen network."""
         return self._encoder.network
 
+    @property
+    def engine(self) -> Engine:
+        """What computes it."""
+        return "onnx" if isinstance(self._encoder, OnnxEncoder) else "torch"
+
     def forward(self, x: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
         """Pooled features float32 (N, D) and, if asked for, patches float16 (N, h, w, C) of images as float32
         (N, 3, S, S) in 0..255, resized to `config.image_size` S already."""

@@ -16,7 +16,7 @@ from kka_ray.config.renderer import DataSource, FlowersSource, ParquetSource, Re
 from kka_ray.data import flowers, open_data
 from kka_ray.data.base import content_hash
 from kka_ray.data.parquet import decode_rows, read_rows, shards
-from kka_ray.errors import ConfigError
+from kka_ray.errors import ConfigError, DataError
 from kka_ray.render.attributes import measure
 from kka_ray.render.captions import vary
 
@@ -60,6 +60,16 @@ def read_sources(config: RendererConfig) -> Captioned:
             ]
             counts.append({"images": len(rows), **left_out})
     return Captioned(np.concatenate(images), captions, counts)
+
+
+def check_folders(config: RendererConfig) -> None:
+    """Raises DataError if the folder of a source is not there."""
+    for source in config.sources:
+        for root in _roots(source, Path(config.data).expanduser()):
+            if not root.is_dir():
+                raise DataError(
+                    f"a source's folder is {root}, which is no folder; name the one it lies in as -o data=DIR"
+                )
 
 
 def state_of_files(config: RendererConfig) -> str:

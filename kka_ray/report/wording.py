@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -223,6 +224,7 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
     """What a reader should know before believing the result, each a sentence; often none."""
     return [
         *_cautions_of_result(summary),
+        *_cautions_of_threshold(summary),
         *_cautions_of_rounds(summary),
         *_cautions_of_texts(summary),
         *_cautions_of_judge(summary["audit"]),
@@ -264,6 +266,16 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
         yield "The zero-th iteration does at least as well as the full loop: preference training brought no gain here."
     if any(count for label, count in summary["kept"].items() if label == "easy"):
         yield f"{amount(summary['kept']['easy'], 'easy image')} had to fill the kept set: there were too few others."
+
+
+def _cautions_of_threshold(summary: Mapping[str, Any]) -> Iterator[str]:
+    normals, wanted = summary.get("validation_normals"), summary.get("false_positive_rate")
+    if normals is not None and wanted is not None and 1 / (normals + 1) > wanted:
+        yield (
+            f"The threshold is the worst score of {amount(normals, 'validation normal')}, which about one new normal "
+            f"image in {normals + 1} will exceed: to hold {percent(wanted)} (detect.false_positive_rate) takes "
+            f"{math.ceil(1 / wanted - 1e-9) - 1} of them."
+        )
 
 
 def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:

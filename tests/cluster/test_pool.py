@@ -249,3 +249,11 @@ def test_a_pool_is_kept_at_work_while_another_is_waited_for(make: Any) -> None:
     assert [i for pool, i, _ in found if pool is scorers] == [0]
     assert [i for pool, i, _ in found if pool is renderers] == list(range(12))
     assert [i for _, i, _ in drain([renderers], poll=0.1)] == [12]
+
+
+def test_a_worker_that_loads_anew_has_its_time_whatever_the_pool_waited_for_work(make: Any) -> None:
+    pool = make()
+    work(pool, fakes.rows("ok"))
+    pool._idle_since -= 10 * pool.config.start_timeout  # a long training: nobody looked at the pool
+    ray.kill(pool._workers[0].actor)
+    assert work(pool, fakes.rows("ok", "ok")).keys() == {0}

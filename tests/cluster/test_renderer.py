@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -230,6 +231,17 @@ def test_the_log_of_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -
         again.metrics({"step": step, "loss": 2.0})
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert rows == [{"step": 50, "loss": 1.0}, {"step": 100, "loss": 2.0}, {"step": 150, "loss": 2.0}]
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "folder.yaml"
+    source = {"kind": "data", "data": {"kind": "folder", "path": ".", "description": "a screw"}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(CONFIG) | {"sources": [source]}))
+    with pytest.raises(DataError, match=r"nowhere, which is no folder; name .* -o data=DIR"):
+        train_renderer(
+            load(file, RendererConfig, [f"output={tmp_path / 'out'}", f"data={tmp_path / 'nowhere'}"]), print
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_few_images_are_refused_before_the_training(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from kka_ray.cluster import train
 from kka_ray.config.models import ClusterConfig
@@ -82,6 +83,22 @@ def test_one_whose_places_others_had_starts_again_when_it_is_told(
     ahead = train.Ahead("note", note, 1, CLUSTER)
     if told == "after its wait":
         ahead._thread.join(30)
+    ahead.go({"file": str(tmp_path / "a"), "text": "done"})
+    assert started == [train._behind_the_gate, note]
+    assert (tmp_path / "a").read_text() == "done 1"
+
+
+def test_one_that_nobody_can_tell_anything_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    def direct(name: str, function: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
+        started.append(function)
+        if function is note:
+            note({**arguments, "threads": 1})
+
+    monkeypatch.setattr(train, "run", direct)
+    ahead = train.Ahead("note", note, 1, CLUSTER)
+    ray.kill(ahead._gate)
     ahead.go({"file": str(tmp_path / "a"), "text": "done"})
     assert started == [train._behind_the_gate, note]
     assert (tmp_path / "a").read_text() == "done 1"

@@ -89,6 +89,29 @@ def test_a_kind_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "override", ["describe.sampler.model=hub:org/llm", "describe.sampler.batch=8", "confusion.evaluator.epochs=20"]
+)
+def test_a_section_whose_kind_has_a_default_is_of_that_kind(tmp_path: Path, override: str) -> None:
+    (tmp_path / "run.yaml").write_text("{name: x, data: {kind: flowers}}")
+    config = load(tmp_path / "run.yaml", RunConfig, [override])
+    default = load(tmp_path / "run.yaml", RunConfig)
+    assert config.describe.sampler.kind == default.describe.sampler.kind == "transformers"
+    assert config.confusion.evaluator.kind == default.confusion.evaluator.kind == "deep_sad"
+    assert config != default
+
+
+def test_a_kind_that_is_changed_alone_says_what_became_of_the_rest(tmp_path: Path) -> None:
+    values = {"confusion": {"evaluator": {"kind": "fused", "deep_sad": {"epochs": 3}}}}
+    key, how = said(values, tmp_path, "confusion.evaluator.kind=knn")
+    assert key.startswith("confusion.evaluator.deep_sad: unknown key")
+    assert "is of kind fused in the file" in how
+    whole = how.split("-o ")[1].strip("'")
+    assert load(tmp_path / "run.yaml", RunConfig, [whole]).confusion.evaluator.kind == "knn"
+    (line,) = said(values, tmp_path, "confusion.evaluator.kind=knn", "loop.round=1", "confusion.evaluator={kind: knn}")
+    assert line.startswith("loop.round: unknown key"), "what is right is not spoken of"
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"data": {"kind": "flowers", "normal": 9}}, "data.normal: unknown key; did you mean 'normals'?"),
@@ -120,6 +143,15 @@ def test_a_kind_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         (
             {"describe": {"sampler": {"kind": "vllm", "gpu_memory": 2}}},
             "describe.sampler.gpu_memory: Input should be less than or equal to 1 (got 2)",
+        ),
+        (
+            {"store": {"uri": "s3:/bucket/kka"}},
+            "store.uri: looks like a URI with one slash; write two, as in s3://bucket/folder (got 's3:/bucket/kka')",
+        ),
+        (
+            {"describe": {"sampler": {"kind": "api", "model": "m", "base_url": "localhost:8000"}}},
+            "describe.sampler.base_url: must be a URL that begins with http:// or https://, as in "
+            "http://localhost:8000/v1, without a user's name (got 'localhost:8000')",
         ),
         (
             {"detect": {"detectors": [{"kind": "simplenet"}, {"kind": "energy_head", "normal_energy": 5}]}},

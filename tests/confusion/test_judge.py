@@ -166,6 +166,7 @@ def test_collapse_is_reported_and_judges_nobody(evaluator) -> None:
     result = judge(*drawn(12), constant, constant[:10], CONFIG.model_copy(update={"evaluator": evaluator}), 0)
     assert result.diagnostics["collapsed_folds"] == len(result.trained_on)
     assert {(v.label, v.hardness) for v in result.verdicts} == {("between", 0.0)}
+    assert result.sound == []
 
 
 def test_a_fold_that_collapsed_has_no_say_in_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +178,10 @@ def test_a_fold_that_collapsed_has_no_say_in_the_band(monkeypatch: pytest.Monkey
     assert result.band.lower == np.quantile(sound, 0.7)
     assert result.band.lower != np.quantile(result.validation_hardness, 0.7)
     assert {v.label for v in result.verdicts if v.fold == 0} == {"between"}
+    told = [v for v in result.verdicts if v.fold != 0]
+    assert result.sound == told
+    assert len(told) < len(result.verdicts)
+    assert result.diagnostics["median_hardness"] == np.median([v.hardness for v in told])
     assert all(v.label == result.band.label(v.hardness) for v in result.verdicts if v.fold > 0)
 
 

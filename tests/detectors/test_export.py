@@ -60,6 +60,12 @@ def test_a_detector_without_such_a_form_says_so(backbone, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_detector_that_onnx_runs_is_not_exported_with_its_features_as_constants(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(backbone), "engine", "onnx")
+    with pytest.raises(ConfigError, match="only a detector on the engine torch"):
+        export_onnx(_fit(Knn(kind="knn"), backbone), tmp_path / "detector.onnx")
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_conversion(backbone, tmp_path, monkeypatch):
     tuned = _fit(Knn(kind="knn"), backbone)
     (tmp_path / "file").touch()

@@ -58,6 +58,20 @@ def test_with_all_patches_in_memory_the_heat_map_is_the_nearest_distance():
     np.testing.assert_allclose(detector.heatmap(_features(test)), expected, rtol=1e-4)
 
 
+def test_a_few_distances_at_a_time_give_the_same(monkeypatch):
+    normals, validation, test = (_features(_grid(n, seed)) for seed, n in enumerate((5, 3, 4)))
+
+    def found() -> tuple[np.ndarray, np.ndarray]:
+        detector = build(PatchCore(kind="patchcore", coreset=1))
+        detector.fit(normals, None, validation, 0)
+        return detector.score(test), detector.heatmap(test)
+
+    whole = found()
+    monkeypatch.setattr("kka_ray.detectors.patchcore.model._DISTANCES", 1)
+    for one, other in zip(whole, found(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_the_score_is_the_worst_patch_reweighted_by_its_neighbourhood():
     normals, test = _grid(5, 0), _features(_grid(4, 1))
     plain, weighted = (build(PatchCore(kind="patchcore", coreset=1, image_weight=0, neighbours=n)) for n in (0, 3))

@@ -24,11 +24,29 @@ def _fit(config, backbone: Backbone, seeds: tuple[int, int] = (0, 1)) -> TunedDe
     return TunedDetector.fit(config, backbone, features[0], None, features[1], seed=0, false_positive_rate=0.1)
 
 
-def test_the_threshold_flags_the_wanted_share_of_validation_normals():
+def test_the_threshold_flags_no_more_than_the_wanted_share_of_validation_normals():
     scores = np.random.default_rng(0).gamma(2, size=400).astype(np.float32)
     judged = Calibration.of(scores, 0.05).judge(scores)
-    assert judged.anomalous.sum() == 20
+    assert judged.anomalous.sum() == 19
     assert judged.anomalous.dtype == bool
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "rate"),
+    [(19, 0.05, 0.05), (20, 0.05, 0.05), (40, 0.05, 0.05), (99, 0.05, 0.05), (30, 0.3, 0.3), (2, 0.05, 1 / 3)],
+)
+def test_new_normals_are_flagged_at_the_wanted_rate_where_so_few_can_hold_it(count, wanted, rate):
+    rng, flagged, repeats = np.random.default_rng(0), 0, 5000
+    for _ in range(repeats):
+        scores = rng.gamma(2, size=count + 1).astype(np.float32)
+        flagged += Calibration.of(scores[1:], wanted).judge(scores[:1]).anomalous.sum()
+    spread = 3 * (rate * (1 - rate) / repeats) ** 0.5
+    assert rate - 1 / (count + 1) - spread < flagged / repeats < rate + spread
+
+
+@pytest.mark.parametrize(("wanted", "threshold"), [(0.999, 1.0), (0.001, 3.0)])
+def test_rates_that_no_score_has_take_the_nearest(wanted, threshold):
+    assert Calibration.of(np.array([2, 3, 1], np.float32), wanted).threshold == threshold
 
 
 def test_robust_z_and_percentile_are_on_the_scale_of_normals():
@@ -41,7 +59,7 @@ def test_robust_z_and_percentile_are_on_the_scale_of_normals():
 
 def test_a_detector_is_calibrated_on_the_normals_that_it_was_not_fitted_to(backbone):
     judged = _fit(Knn(kind="knn"), backbone).score_images(_images(20, 1))
-    assert judged.anomalous.sum() == 2
+    assert judged.anomalous.sum() == 1  # the 19th of 20 is the threshold
     assert np.median(judged.robust_z) == pytest.approx(0, abs=1e-3)
     assert np.median(judged.percentile) == pytest.approx(50, abs=1)
 

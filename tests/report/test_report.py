@@ -388,6 +388,16 @@ def test_texts_that_tell_little_of_hardness_are_said(write_fake_run, auc, said):
     assert ("a linear model tells whether a line becomes a hard image or is rejected" in page) == (auc is not None)
 
 
+@pytest.mark.parametrize(("normals", "said"), [(18, True), (19, False), (None, False)])
+def test_a_threshold_of_too_few_normals_is_said(write_fake_run, normals, said):
+    folder, summary = write_fake_run(rounds=1, lines=32)
+    summary |= {"validation_normals": normals, "false_positive_rate": 0.05}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = render(folder).text
+    assert ("about one new normal image in 19 will exceed" in page) == said
+    assert ("takes 19 of them" in page) == said
+
+
 def test_an_empty_band_is_said(write_fake_run):
     folder, summary = write_fake_run(rounds=1, lines=32, trained=False)
     summary["audit"] |= {"band_lower": 7.0, "band_empty": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,10 @@ from kka_ray.detectors.patchcore.coreset import greedy_centers, project
 from kka_ray.detectors.patches import Fusion, on_grid, patch_rows
 from kka_ray.features.base import Features
 
-_CHUNK = 64  # images
+_CHUNK = 64
+"""Images at a time, fewer where `_DISTANCES` asks for it."""
+_DISTANCES = 2**24
+"""Distances at a time: 64 MB of them."""
 
 
 class PatchCoreDetector(Detector):
@@ -44,8 +48,9 @@ class PatchCoreDetector(Detector):
             flat = flat[torch.randperm(len(flat), generator=generator)[: self.config.candidates]]
         x = flat.float()
         self._memory = x[greedy_centers(project(x, self.config.projection, generator), size, generator)]
-        among = torch.cdist(self._memory, self._memory)
-        self._around = among.topk(min(self.config.neighbours, len(self._memory)), largest=False).indices
+        count = min(self.config.neighbours, len(self._memory))
+        parts = self._memory.split(max(1, _DISTANCES // len(self._memory)))
+        self._around = torch.cat([torch.cdist(x, self._memory).topk(count, largest=False).indices for x in parts])
         self._fusion = None
         if self.config.image_weight:
             self._normals = torch.from_numpy(normals.pooled.astype(np.float64))
@@ -60,7 +65,7 @@ class PatchCoreDetector(Detector):
 
     def heatmap(self, features: Features) -> np.ndarray:
         """Euclidean distance of each patch to the nearest one in memory."""
-        parts = [self._nearest(x.float())[0] for x in patch_rows(features, "PatchCore").split(_CHUNK)]
+        parts = [self._nearest(x.float())[0] for x in self._chunks(features)]
         return on_grid(torch.cat(parts), features)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,13 +83,18 @@ class PatchCoreDetector(Detector):
     def _patch_scores(self, features: Features) -> np.ndarray:
         """The distance of the worst patch, less where the memory is sparse around its nearest neighbour."""
         out = []
-        for patches in patch_rows(features, "PatchCore").split(_CHUNK):
+        for patches in self._chunks(features):
             x = patches.float()
             distance, nearest = self._nearest(x)
             worst = distance.argmax(1, keepdim=True)
             patch = x.gather(1, worst[..., None].expand(-1, -1, x.shape[2]))
             out.append(self._reweighted(patch, distance.gather(1, worst), nearest.gather(1, worst)))
         return torch.cat(out).numpy()
+
+    def _chunks(self, features: Features) -> Sequence[Tensor]:
+        """Patches (n, P, C) of a few images at a time."""
+        rows = patch_rows(features, "PatchCore")
+        return rows.split(min(_CHUNK, max(1, _DISTANCES // (rows.shape[1] * len(self._memory)))))
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Distance of patches (N, P, C) to their nearest memory (N, P), and its index.
