@@ -124,14 +124,16 @@ def sweep(
 
     resolved = load_sweep(config, override or ())
 
+    if dry_run:
+        from kka_ray.cluster.plan import plan_of_sweep
+
+        for trial in resolved.trials:
+            _say(trial.label)
+        _say(_commented(plan_of_sweep(resolved)))
+        return
+
     from kka_ray import sweep as sweeping
     from kka_ray.terminal import Reporter
-
-    if dry_run:
-        for trial in resolved.trials:
-            _say(sweeping.name_of(trial))
-        _say(_commented(sweeping.plan_of(resolved)))
-        return
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

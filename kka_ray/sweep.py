@@ -31,12 +31,12 @@ from kka_ray.amounts import amount
 from kka_ray.cluster import leases
 from kka_ray.cluster.budget import BudgetError
 from kka_ray.cluster.placement import bundles
-from kka_ray.cluster.plan import Phase, Plan, Share, make_plan
+from kka_ray.cluster.plan import TRIAL_CPUS, plan_of_sweep
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
 from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
-from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config
+from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config, short
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
 from kka_ray.experiment import (
     ANOTHER_NAME,
@@ -60,8 +60,6 @@ from kka_ray.prepare import Prepared, prepare
 from kka_ray.render.index import check_renderer
 from kka_ray.store import Store
 
-TRIAL_CPUS = 0.25
-"""Logical CPUs of a trial's own process; what it waits for most of the time computes elsewhere."""
 _RETRIES = 1  # of a trial whose process died; an error of ours is not tried again
 
 
@@ -154,7 +152,7 @@ def _run(
         session(base.cluster, verbose=verbose),
         computing(base.cluster.driver_threads),
     ):
-        plan_of(sweep).check(nodes())
+        plan_of_sweep(sweep).check(nodes())
         # Held until the end of the block: the ledger lives as long as its handle.
         ledger = leases.start() if sweep.config.concurrency > 1 else None
         prepared = prepare(base, store)
@@ -211,29 +209,6 @@ def _check_outside(configs: Iterable[RunConfig], prepared: Prepared | None = Non
     }
     for (_, count), config in wanted.items():
         check_outside(config, count)
-
-
-def plan_of(sweep: Sweep) -> Plan:
-    """The phases of all trials, each that differs once: what varies may ask for other places."""
-    plans = [sweep_plan(trial.config, sweep.config.concurrency) for trial in sweep.trials]
-    return Plan(tuple(dict.fromkeys(phase for plan in plans for phase in plan.phases)))
-
-
-def sweep_plan(config: RunConfig, concurrency: int) -> Plan:
-    """The phases of trials that run at the same time, in step. A trial holds its pools' places from first to last."""
-    plan = make_plan(config)
-    pools = {s.name: s for phase in plan.phases for s in phase.shares if s.name in ("samplers", "renderers")}
-    held = [Share("trials", 1, TRIAL_CPUS, 0, 1), *pools.values()]
-    trains = {s for phase in plan.phases for s in phase.shares if s.name not in pools}
-    return Plan(
-        tuple(
-            Phase(
-                f"{amount(concurrency, 'trial')}, {train.name}",
-                tuple(replace(s, processes=s.processes * concurrency, most=0) for s in (*held, train)),
-            )
-            for train in sorted(trains, key=lambda s: s.name)
-        )
-    )
 
 
 def run_trials(
@@ -379,7 +354,7 @@ def table(result: SweepResult, sweep: Sweep) -> Table:
     out.add_column("status", no_wrap=True)
     for o in result.outcomes:
         mark = " *" if o.number == result.best.number else ""
-        values = [_short(o.parameters[name]) for name in sweep.config.parameters]
+        values = [short(o.parameters[name]) for name in sweep.config.parameters]
         score = "" if o.objective is None else f"{o.objective:.4f}{mark}"
         stalled = sum(s != "ok" for s in o.rounds)
         status = "failed" if o.error else f"{stalled} stalled" if stalled else "ok"
@@ -397,12 +372,6 @@ def table(result: SweepResult, sweep: Sweep) -> Table:
     return out
 
 
-def name_of(trial: Trial) -> str:
-    """A trial's number and parameters, in one line."""
-    values = ", ".join(f"{k}={_short(v)}" for k, v in trial.overrides.items())
-    return f"trial {trial.number} ({values})"
-
-
 def _headings(names: Iterable[str]) -> list[str]:
     """The last part of each dotted name, where no other name ends alike: a terminal is narrow."""
     full = list(names)
@@ -416,7 +385,7 @@ def show(result: SweepResult, sweep: Sweep, console: Console) -> None:
     for o in result.outcomes:
         if o.error:
             console.print(f"trial {o.number} failed: {o.error}", highlight=False, markup=False, soft_wrap=True)
-    values = ", ".join(f"{k}={_short(v)}" for k, v in result.best.parameters.items())
+    values = ", ".join(f"{k}={short(v)}" for k, v in result.best.parameters.items())
     console.print(f"best: {values}", highlight=False, markup=False, soft_wrap=True)
     if result.champion and result.champion["auc"]["kka"]:
         auc = {arm: f"{s['mean']:.4f}" for arm, s in result.champion["auc"].items() if s}
@@ -450,7 +419,7 @@ class _Notes(tune.Callback):
         self._note(f"{self._head(trial)}: its process failed")
 
     def _head(self, trial: Any) -> str:
-        return name_of(self._trials[trial.config["trial"]])
+        return self._trials[trial.config["trial"]].label
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:
@@ -470,10 +439,6 @@ def _quiet(stage: str, round: int, done: int, total: int) -> None:
 
 def _unheard(line: str) -> None:
     """Where nobody listens."""
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _claim(place: Place, config: SweepConfig) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from kka_ray import assets, experiment, objective, sweep
 from kka_ray.cluster import fits, train
+from kka_ray.cluster.plan import plan_of_sweep, plan_of_trials
 from kka_ray.cluster.streaming import Drawn
 from kka_ray.config import load
 from kka_ray.config.models import Cifar100Data, RunConfig
@@ -36,7 +37,7 @@ from kka_ray.places import Place
 from kka_ray.prepare import prepare
 from kka_ray.records import Description, Verdict
 from kka_ray.store import Store
-from kka_ray.sweep import Outcome, best_of, count_outputs, measure, plan_of, run_trials, sweep_plan, table, to_json
+from kka_ray.sweep import Outcome, best_of, count_outputs, measure, run_trials, table, to_json
 from tests.drawn import drawn_of
 
 ROOT = Path(__file__).parents[1]
@@ -218,20 +219,20 @@ def small() -> Sweep:
 
 
 def test_a_trial_fits_two_cpus_and_two_trials_do_not(small: Sweep) -> None:
-    sweep_plan(small.base, 1).check([{"CPU": 2.0}])
+    plan_of_trials(small.base, 1).check([{"CPU": 2.0}])
     with pytest.raises(ResourceError, match="does not fit"):
-        sweep_plan(small.base, 2).check([{"CPU": 2.0}])
-    sweep_plan(small.base, 2).check([{"CPU": 4.0}])
+        plan_of_trials(small.base, 2).check([{"CPU": 2.0}])
+    plan_of_trials(small.base, 2).check([{"CPU": 4.0}])
     assert sum(b["CPU"] for b in sweep._resources(small.base).bundles) == pytest.approx(0.25 + 4 * 0.15)
 
 
 def test_a_trial_that_would_never_get_its_places_is_refused(small: Sweep) -> None:
     varied = ['parameters={"preference.workers": {"grid": [1, 4]}}', "trials=null", "run.preference.micro_batch=1"]
     wide = load_sweep(ROOT / "tune_configs" / "smoke.yaml", varied)
-    plan_of(small).check([{"CPU": 2.0}])
-    assert set(sweep_plan(wide.trials[0].config, 1).phases) < set(plan_of(wide).phases)
+    plan_of_sweep(small).check([{"CPU": 2.0}])
+    assert set(plan_of_trials(wide.trials[0].config, 1).phases) < set(plan_of_sweep(wide).phases)
     with pytest.raises(ResourceError, match="does not fit"):
-        plan_of(wide).check([{"CPU": 2.0}])
+        plan_of_sweep(wide).check([{"CPU": 2.0}])
 
 
 def test_outputs_count_as_found_if_they_were_there_before() -> None:

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kka_ray import assets
 from kka_ray.amounts import amount
 from kka_ray.config.models import PoolConfig, RunConfig
+from kka_ray.config.sweep import Sweep
 from kka_ray.errors import ResourceError
+
+TRIAL_CPUS = 0.25
+"""Logical CPUs of a trial's own process; what it waits for most of the time computes elsewhere."""
 
 _SLACK = 1e-6
 _REMEDY = (
@@ -174,6 +178,29 @@ def make_plan(config: RunConfig) -> Plan:
     kinds = ", ".join(d.kind for d in config.detect.detectors)
     detect = _train(config, "detector workers", config.detect.workers, kinds, config.backbone.model, gpus=False)
     return Plan((*generating, Phase("detect", (detect,))))
+
+
+def plan_of_sweep(sweep: Sweep) -> Plan:
+    """The phases of all trials, each that differs once: what varies may ask for other places."""
+    plans = [plan_of_trials(trial.config, sweep.config.concurrency) for trial in sweep.trials]
+    return Plan(tuple(dict.fromkeys(phase for plan in plans for phase in plan.phases)))
+
+
+def plan_of_trials(config: RunConfig, concurrency: int) -> Plan:
+    """The phases of trials that run at the same time, in step. A trial holds its pools' places from first to last."""
+    plan = make_plan(config)
+    pools = {s.name: s for phase in plan.phases for s in phase.shares if s.name in ("samplers", "renderers")}
+    held = [Share("trials", 1, TRIAL_CPUS, 0, 1), *pools.values()]
+    trains = {s for phase in plan.phases for s in phase.shares if s.name not in pools}
+    return Plan(
+        tuple(
+            Phase(
+                f"{amount(concurrency, 'trial')}, {train.name}",
+                tuple(replace(s, processes=s.processes * concurrency, most=0) for s in (*held, train)),
+            )
+            for train in sorted(trains, key=lambda s: s.name)
+        )
+    )
 
 
 def _pool(name: str, pool: PoolConfig, engine: str, model: str) -> Share:

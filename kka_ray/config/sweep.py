@@ -139,6 +139,16 @@ class Trial:
     overrides: dict[str, JsonValue]
     config: RunConfig
 
+    @property
+    def label(self) -> str:
+        """Its number and parameters, in one line."""
+        return f"trial {self.number} ({', '.join(f'{k}={short(v)}' for k, v in self.overrides.items())})"
+
+
+def short(value: Any) -> str:
+    """A parameter's value as a table shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 @dataclass(frozen=True)
 class Sweep:
