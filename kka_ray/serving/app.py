@@ -45,7 +45,7 @@ class ImageScore(BaseModel):
     file: str
     score: float = Field(description="higher is more anomalous, in the detector's own unit")
     robust_z: float = Field(description="median absolute deviations above the median of validation normals")
-    percentile: float = Field(description="0 to 100, share of validation normals that score less")
+    percentile: float = Field(description="0 to 100, place among the scores of validation normals")
     verdict: str = Field(description="normal, or anomalous: the score exceeds the threshold")
     threshold: float
     heatmap: str | None = Field(None, description="base64 of a PNG: the image with its anomalous places marked")
