@@ -71,6 +71,7 @@ def demo(result: Mapping[str, Any]) -> str:
             f"{auc}, and how hard it is with a rank correlation of {rank}.\n"
         )
     old = _outdated(result.get("made_with", {}), _shipped())
+    old = f"{old.strip()}\n\n" if old else ""
     return f"{head}{old}{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
 
 

@@ -76,6 +76,7 @@ def test_a_check_that_no_seed_could_measure_is_said_to_be_not_measured(tables: M
     text = tables.demo({"seeds": 2, "checks": checks, "auc": {"simplenet": {"baseline": some}}, "runs": [{}, {}]})
     assert "| KKA minus zero-th | not measured | > 0 | **no** |" in text
     assert "| simplenet | 0.9000 ± 0.0000 in 1 of 2 seeds |" in text
+    assert "loop.\n\nMeasured with earlier weights of the renderer and versions of the detectors.\n\n| measure" in text
 
 
 def test_the_overview_says_which_of_its_rows_are_old(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
