@@ -61,7 +61,7 @@ def demo(result: Mapping[str, Any]) -> str:
         if check["passed"] and check.get("low") == 0 and check["mean"] < check["std"]:
             verdict = "within the spread"
         rows.append([name, in_words(check), check["wanted"], verdict])
-    head = f"Mean and standard deviation over {result['seeds']} seeds of the whole loop.\n\n"
+    head = f"Mean and standard deviation over {result['seeds']} seeds of the whole loop.\n"
     signals = [run["text_signal"] for run in result["runs"] if run.get("text_signal", {}).get("hard_auc") is not None]
     signal = ""
     if signals:
@@ -71,8 +71,7 @@ def demo(result: Mapping[str, Any]) -> str:
             f"{auc}, and how hard it is with a rank correlation of {rank}.\n"
         )
     old = _outdated(result.get("made_with", {}), _shipped())
-    old = f"{old.strip()}\n\n" if old else ""
-    return f"{head}{old}{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
+    return f"{head}{old}\n{_table(rows)}{signal}\nAUC on the test images:\n\n{_detectors(result['auc'])}"
 
 
 def ceiling(result: Mapping[str, Any]) -> str:

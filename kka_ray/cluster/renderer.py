@@ -53,8 +53,7 @@ def train_renderer(config: RendererConfig, say: Callable[[str], None], made_by: 
 
     Raises ConfigError if there is a checkpoint of a training with other images, network, start or settings, but for
     those that say how it ends, or if a worker's node has another folder there than this one; DataError if a source's
-    folder is not there; ResourceError if the
-    workers do not fit the cluster.
+    folder is not there; ResourceError if the workers do not fit the cluster.
     """
     from kka_ray.render.sources import check_folders
     from kka_ray.render.training import CHECKPOINT, check_checkpoint

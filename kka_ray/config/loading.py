@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 import json
@@ -44,7 +43,6 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     """
     values = read(Path(path))
     _refuse_another_verbs(values, model, str(path))
-    before = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
     if overrides:
@@ -52,7 +50,7 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
     try:
         return _check(values, model, str(path), overridable=True)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_of_another_kind(str(error), before, values)}") from None
+        raise ConfigError(f"{error}{_of_another_kind(str(error), read(Path(path)), values)}") from None
 
 
 def parse(values: Mapping[str, Any], model: type[Model], source: str) -> Model:
