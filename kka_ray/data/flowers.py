@@ -23,6 +23,8 @@ SIZE = 64
 """Side of a drawn image, in pixels."""
 
 _SUPERSAMPLE = 3
+_REACH = 1.2
+"""No petal reaches farther from the centre, in units of the flower's radius: at the tips petals have no width."""
 
 COUNTS: dict[int, str] = {3: "three", 4: "four", 5: "five", 6: "six", 8: "eight", 12: "twelve", 20: "twenty"}
 SHAPES = ("rounded", "notched", "pointed", "narrow", "ruffled")
@@ -203,31 +205,45 @@ def brief_caption(flower: Flower, rng: np.random.Generator) -> str:
 def draw(flower: Flower, scene: Scene, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
     """Draws one flower, anti-aliased. Returns uint8 (size, size, 3), RGB."""
     side = size * _SUPERSAMPLE
-    ys, xs = np.mgrid[0:side, 0:side].astype(np.float32)
-    x, y = (xs + 0.5) / side, (ys + 0.5) / side
+    edge = (np.arange(side, dtype=np.float32) + 0.5) / side
+    x, y = edge[None], edge[:, None]
     # The background is out of focus: drawing it at the final size loses nothing and saves most of the time.
-    coarse = _background(scene, rng, x[1::_SUPERSAMPLE, 1::_SUPERSAMPLE], y[1::_SUPERSAMPLE, 1::_SUPERSAMPLE])
+    coarse = _background(scene, rng, x[:, 1::_SUPERSAMPLE], y[1::_SUPERSAMPLE])
     canvas = coarse.repeat(_SUPERSAMPLE, axis=0).repeat(_SUPERSAMPLE, axis=1)
     dx, dy = x - scene.centre_x, y - scene.centre_y
     _stem_and_leaves(canvas, scene, rng, dx, dy)
     _flower_head(canvas, flower, scene, rng, dx, dy)
     _apply_light(canvas, scene, rng, x, y)
-    small = canvas.reshape(size, _SUPERSAMPLE, size, _SUPERSAMPLE, 3).mean(axis=(1, 3))
+    small = _shrunk(canvas)
     small += rng.normal(0, 2.0, small.shape).astype(np.float32)
     return np.clip(np.rint(small), 0, 255).astype(np.uint8)
+
+
+def _shrunk(canvas: np.ndarray) -> np.ndarray:
+    """The mean of each block of pixels, a `_SUPERSAMPLE`th of the side."""
+    parts = [canvas[i::_SUPERSAMPLE, j::_SUPERSAMPLE] for i in range(_SUPERSAMPLE) for j in range(_SUPERSAMPLE)]
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total / len(parts)
 
 
 def _rgb(colour: tuple[int, int, int] | np.ndarray) -> np.ndarray:
     return np.asarray(colour, np.float32)
 
 
-def _blend(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
-    """Puts `colour` ((3,) or (H, W, 3)) on the canvas where the boolean `mask` holds."""
-    canvas[mask] = colour if colour.ndim == 1 else colour[mask]
+def _places(mask: np.ndarray) -> np.ndarray:
+    """Where the mask (H, W) holds, as places in the flattened picture: what is drawn there is computed there alone."""
+    return mask.ravel().nonzero()[0]
+
+
+def _put(canvas: np.ndarray, places: np.ndarray, colour: np.ndarray) -> None:
+    """Puts `colour` ((3,) or (P, 3)) on the canvas at its P `places`."""
+    canvas.reshape(-1, 3)[places] = colour
 
 
 def _background(scene: Scene, rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A gradient with out-of-focus blobs, float32 (H, W, 3) in 0..255."""
+    """A gradient with out-of-focus blobs, float32 (H, W, 3) in 0..255; x (1, W) and y (H, 1)."""
     low, high = map(_rgb, BACKGROUNDS[scene.background])
     ramp = np.clip(0.5 + (y - 0.5) * rng.uniform(-1, 1) + (x - 0.5) * rng.uniform(-0.6, 0.6), 0, 1)[..., None]
     canvas = low * ramp + high * (1 - ramp)
@@ -245,16 +261,19 @@ def _stem_and_leaves(
 ) -> None:
     green = _rgb((70, 125, 55)) + rng.normal(0, 8, 3).astype(np.float32)
     bend = rng.uniform(-0.25, 0.25)
-    _blend(canvas, (dy > 0) & (np.abs(dx - bend * dy**2) < 0.016), green * 0.9)
+    _put(canvas, _places((dy > 0) & (np.abs(dx - bend * dy**2) < 0.016)), green * 0.9)
     for _ in range(scene.leaves):
         angle = rng.uniform(0, 2 * np.pi)
         length, width = rng.uniform(0.42, 0.56), rng.uniform(0.07, 0.11)
         cos, sin = float(np.cos(angle)), float(np.sin(angle))
         u, v = (dx * cos + dy * sin) / length, (dy * cos - dx * sin) / width
-        inside = (u > 0) & (u < 1) & (np.abs(v) < 1.9 * np.sqrt(np.clip(u, 0, 1)) * (1 - u))
-        vein = (np.abs(v) < 0.06)[..., None]
-        tone = green * (0.85 + 0.3 * np.clip(v, -1, 1))[..., None]
-        _blend(canvas, inside, np.where(vein, green * 0.7, tone).astype(np.float32))
+        places = _places((u > 0) & (u < 1) & (np.abs(v) < 1))
+        u, v = u.ravel()[places], v.ravel()[places]
+        inside = np.abs(v) < 1.9 * np.sqrt(u) * (1 - u)
+        places, v = places[inside], v[inside]
+        vein = (np.abs(v) < 0.06)[:, None]
+        tone = green * (0.85 + 0.3 * v)[:, None]
+        _put(canvas, places, np.where(vein, green * 0.7, tone))
 
 
 def _flower_head(
@@ -264,6 +283,8 @@ def _flower_head(
     cos, sin = float(np.cos(scene.tilt_direction)), float(np.sin(scene.tilt_direction))
     along, across = dx * cos + dy * sin, (-dx * sin + dy * cos) / scene.tilt
     rho = np.hypot(along, across) / radius
+    places = _places(rho < _REACH)
+    along, across, rho = (values.ravel()[places] for values in (along, across, rho))
     theta = np.arctan2(across, along) - scene.rotation
     step = 2 * np.pi / flower.petals
     index = np.rint(theta / step)
@@ -272,21 +293,27 @@ def _flower_head(
     v = rho * np.sin(theta - index * step)
 
     width = _petal_half_width(flower, u, v)
-    petal = (u > 0) & (np.abs(v) < width)
+    petal = ((u > 0) & (np.abs(v) < width)).nonzero()[0]
     base = _rgb(PETAL_COLOURS[flower.colour]) + rng.normal(0, 6, 3).astype(np.float32)
-    relative = np.abs(v) / np.maximum(width, 1e-4)
-    shade = 0.62 + 0.38 * np.clip(u * 1.6, 0, 1) - 0.16 * np.clip(relative, 0, 1) ** 6 - 0.07 * (np.abs(v) < 0.012)
-    tone = base * shade[..., None] * (1 + 0.05 * np.sin(index * 2.4))[..., None]
-    mark = _pattern_mask(flower, u, v, width)
-    tone = np.where(mark[..., None], _pattern_colour(flower.colour) * (0.8 + 0.2 * shade)[..., None], tone)
-    _blend(canvas, petal, tone.astype(np.float32))
+    _put(canvas, places[petal], _petal_colour(flower, base, u[petal], v[petal], width[petal], index[petal]))
 
     disc = 0.24
-    inside = rho < disc
-    dome = np.sqrt(np.clip(1 - (rho / disc) ** 2, 0, 1))
-    grain = 0.1 * np.sin(along / radius * 60) * np.sin(across / radius * 60)
-    heart = _rgb(CENTRE_COLOURS[flower.centre]) * (0.68 + 0.34 * dome + grain)[..., None]
-    _blend(canvas, inside, heart.astype(np.float32))
+    inside = (rho < disc).nonzero()[0]
+    dome = np.sqrt(np.clip(1 - (rho[inside] / disc) ** 2, 0, 1))
+    grain = 0.1 * np.sin(along[inside] / radius * 60) * np.sin(across[inside] / radius * 60)
+    heart = _rgb(CENTRE_COLOURS[flower.centre]) * (0.68 + 0.34 * dome + grain)[:, None]
+    _put(canvas, places[inside], heart)
+
+
+def _petal_colour(
+    flower: Flower, base: np.ndarray, u: np.ndarray, v: np.ndarray, width: np.ndarray, index: np.ndarray
+) -> np.ndarray:
+    """Colours (P, 3) at P places of petals: u along and v across each, its half width there, and its number."""
+    relative = np.abs(v) / np.maximum(width, 1e-4)
+    shade = 0.62 + 0.38 * np.clip(u * 1.6, 0, 1) - 0.16 * np.clip(relative, 0, 1) ** 6 - 0.07 * (np.abs(v) < 0.012)
+    tone = base * shade[:, None] * (1 + 0.05 * np.sin(index * 2.4))[:, None]
+    mark = _pattern_mask(flower, u, v, width)
+    return np.where(mark[:, None], _pattern_colour(flower.colour) * (0.8 + 0.2 * shade)[:, None], tone)
 
 
 def _petal_half_width(flower: Flower, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -332,7 +359,9 @@ def _apply_light(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, x: 
     angle = rng.uniform(0, 2 * np.pi)
     slope = 1 + 0.14 * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))
     vignette = 1 - 0.22 * ((x - 0.5) ** 2 + (y - 0.5) ** 2)
-    canvas *= (level * slope * vignette)[..., None] * _rgb(tint)  # type: ignore[arg-type]
+    strength = level * slope * vignette
+    for channel in range(3):
+        canvas[..., channel] *= strength * float(np.float32(tint[channel]))
 
 
 @dataclass(frozen=True)
