@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from kka_ray import assets
 from kka_ray.amounts import amount
-from kka_ray.config.models import ApiSampler, FlowersData, FolderData, RenderConfig, RunConfig, StoreConfig
+from kka_ray.config.models import ApiSampler, Data, FlowersData, RenderConfig, RunConfig, StoreConfig
 from kka_ray.errors import AssetError, ConfigError, DataError, StoreError
 from kka_ray.files import absolute_path
 from kka_ray.memory import physical_memory, usable_memory
@@ -33,7 +33,7 @@ TEXT_MODEL = "builtin:minilm-l6-v2"
 _CACHE_BYTES = 1_500_000_000  # a wheel, unpacked, and its conversion
 _STORE_BYTES = 500_000_000
 _STORAGE = ("fsspec", "numpy", "pyarrow")
-_IMAGES = ("numpy", "PIL")
+_IMAGES = ("numpy", "PIL", "pyarrow")
 _OPTIONAL = {
     "vllm": "describes with vLLM",
     "bitsandbytes": "trains on a 4-bit model",
@@ -288,8 +288,8 @@ def _needs(config: RunConfig) -> Iterator[Finding]:
     path = config.data.path
     if not Path(absolute_path(path)).is_dir():
         yield Finding("data.path", "missing", f"there is no folder {path}", "kka run CONFIG -o data.path=FOLDER")
-    elif isinstance(config.data, FolderData) and all(map(find_spec, _IMAGES)):
-        yield _images(config.data, config.seed)
+    elif all(map(find_spec, _IMAGES)):
+        yield _data(config.data.model_copy(update={"path": absolute_path(path)}), path, config.seed)
     else:
         yield Finding("data.path", "ok", path)
 
@@ -307,18 +307,22 @@ def _renderer_problem(config: RenderConfig) -> str:
     return ""
 
 
-def _images(data: FolderData, seed: int) -> Finding:
-    """The folder with a user's images, as far as names tell."""
+def _data(data: Data, path: str, seed: int) -> Finding:
+    """A data set of files, as far as their names tell; of a user's images how many there are."""
+    from kka_ray.data import open_data
     from kka_ray.data.folder import FolderModule
     from kka_ray.data.splits import least_normals
 
-    data = data.model_copy(update={"path": absolute_path(data.path)})
     try:
-        count = FolderModule(data, seed).look()
-    except DataError as error:
+        module = open_data(data, seed)
+        module.look()
+        if not isinstance(module, FolderModule):
+            return Finding("data.path", "ok", path)
+        count = module.count()
+    except (ConfigError, DataError) as error:
         return Finding("data.path", "wrong", str(error), "see there")
     # They are not opened: that may take long.
-    there, least = f"{amount(count, 'file')} named like normal images in {data.path}", least_normals(data.validation)
+    there, least = f"{amount(count, 'file')} named like normal images in {path}", least_normals(data.validation)
     if count < least:
         return Finding("data.path", "wrong", f"{there}, needs {least}", "add some")
     return Finding("data.path", "ok", there)

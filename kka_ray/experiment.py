@@ -26,10 +26,9 @@ from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
 from kka_ray.cluster.streaming import Pools
 from kka_ray.config import config_hash, dump, load
-from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, FolderData, RunConfig
+from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, RunConfig
 from kka_ray.data import open_data
 from kka_ray.data.decode import encode_png
-from kka_ray.data.folder import FolderModule
 from kka_ray.detectors import outside
 from kka_ray.detectors.tuned import Scores, TunedDetector
 from kka_ray.errors import ConfigError, DataError, KkaError, ResourceError
@@ -95,7 +94,7 @@ def _run(
     check_libraries(config)
     check_renderer(config.render)
     check_outside(config, 1)
-    check_data(config)
+    open_data(config.data, config.seed).look()
     store = Store(config.store.uri)
     check_room(store)
     tracking.check(config)
@@ -460,16 +459,6 @@ def absolute(config: RunConfig) -> RunConfig:
 def _from_root(path: str) -> str:
     """A path made absolute; a URI stays."""
     return path if places.is_uri(path) else absolute_path(path)
-
-
-def check_data(config: RunConfig) -> None:
-    """Raises ConfigError or DataError for what names of files tell, before a cluster is started, which takes long."""
-    data = config.data
-    if not isinstance(data, FlowersData | FolderData) and not Path(data.path).is_dir():
-        raise DataError(f"data.path: {data.path} is no folder; name the one of the data set")
-    module = open_data(data, config.seed)
-    if isinstance(module, FolderModule):
-        module.look()
 
 
 def check_libraries(config: RunConfig) -> None:

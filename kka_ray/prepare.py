@@ -47,10 +47,10 @@ class Prepared:
 def prepare(config: RunConfig, store: Store) -> Prepared:
     """Reads the normal images and computes their features, or finds both in the store. Opens no test file.
 
-    Raises DataError if normal images are too few or damaged, or if files with test images are missing.
+    Raises DataError if normal images are too few or damaged, or if files are missing, of test images as well.
     """
     data = open_data(config.data, config.seed)
-    data.look_for_test()  # it is the end of a run that would find them missing
+    data.look()  # it is the end of a run that would find test images missing
     normals = _normals(config, data, store)
     backbone = Backbone.load(config.backbone, "cpu")
     patches = needs_patches(config)

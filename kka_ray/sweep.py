@@ -37,11 +37,11 @@ from kka_ray.cluster.streaming import Pools
 from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config, short
+from kka_ray.data import open_data
 from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
 from kka_ray.experiment import (
     ANOTHER_NAME,
     absolute,
-    check_data,
     check_libraries,
     check_outside,
     check_room,
@@ -140,7 +140,7 @@ def _run(
         check_libraries(trial.config)
         check_renderer(trial.config.render)
     _check_outside(champions)
-    check_data(base)
+    open_data(base.data, base.seed).look()
     store = Store(base.store.uri)
     check_room(store)
     tracking.check(base)

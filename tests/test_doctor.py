@@ -256,6 +256,15 @@ def test_images_that_a_run_could_not_use_are_named(tmp_path, count, settings, sa
         assert detail == f"12 files named like normal images in {tmp_path}"
 
 
+def test_a_data_set_that_lacks_files_is_named(tmp_path):
+    (tmp_path / "train-00000-of-00001.parquet").touch()
+    data = {"kind": "cifar100", "path": str(tmp_path)}
+    found = _by_name(examine(_config(data=data)))["data.path"]
+    assert (found.state, f"{tmp_path} has no test-*.parquet" in found.detail) == ("wrong", True)
+    (tmp_path / "test-00000-of-00001.parquet").touch()
+    assert _by_name(examine(_config(data=data)))["data.path"].state == "ok"
+
+
 def test_long_paths_are_shown_whole():
     path = "/home/somebody/pictures/of/screws/from/the/second/line/in/the/north/hall"
     console = Console(width=80, record=True, file=io.StringIO())

@@ -322,7 +322,7 @@ def test_a_data_set_that_is_not_there_is_said_before_anything_is_made(tmp_path: 
     there = {"output": str(tmp_path / "runs"), "store": {"uri": str(tmp_path / "store")}}
     (tmp_path / "empty").mkdir()
     for data, said in (
-        ({"kind": "cifar100", "path": str(tmp_path / "none")}, "none is no folder"),
+        ({"kind": "cifar100", "path": str(tmp_path / "none")}, "none is not a folder"),
         ({"kind": "folder", "path": str(tmp_path / "none"), "description": "a screw"}, "none does not exist"),
         ({"kind": "folder", "path": str(tmp_path / "empty"), "description": "a screw"}, "holds no image"),
     ):

@@ -85,8 +85,8 @@ class DataModule(ABC):
     def normals(self) -> Normals:
         """The training and validation normals. Raises DataError if there are too few to split."""
 
-    def look_for_test(self) -> None:  # noqa: B027  most sets have looked at their files before
-        """Raises DataError if files with test images are missing: sooner than `test`, as this looks at names only."""
+    def look(self) -> None:  # noqa: B027  a set without files has none to look for
+        """Raises DataError for what `normals` and `test` would miss, as far as names of files tell: in no time."""
 
     @abstractmethod
     def test(self) -> ImageSet | None:

@@ -91,9 +91,10 @@ class Cifar100Module(DataModule):
         source = f"{self.config.path}, superclass {self.config.superclass}"
         return split_normals(self._image_set(rows), self.config.validation, self.seed, source)
 
-    def look_for_test(self) -> None:
-        """See `DataModule.look_for_test`."""
-        shards(self.config.path, "test")
+    def look(self) -> None:
+        """See `DataModule.look`."""
+        for split in ("train", "test"):
+            shards(self.config.path, split)
 
     def test(self) -> ImageSet:
         """Every test row that is no copy of a normal. Raises DataError if a test file is missing or damaged."""

@@ -91,16 +91,16 @@ class FolderModule(DataModule):
         do not fit the files."""
         return self._normals
 
-    def look(self) -> int:
-        """The number of files with normal images. Looks at names only.
-
-        Raises DataError as `normals` does for what these tell: no image, or captions or a group that do not fit.
-        """
+    def look(self) -> None:
+        """See `DataModule.look`: of the names of images, the captions and the group."""
         files = self._normal_files()
         if self.config.captions is not None:
             self._captions(files, [GOOD] * len(files), required=True)
         self._groups([self._name(file) for file in files])
-        return len(files)
+
+    def count(self) -> int:
+        """How many files are named like normal images. Raises DataError if none is."""
+        return len(self._normal_files())
 
     @cached_property
     def _normals(self) -> Normals:

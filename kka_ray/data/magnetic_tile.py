@@ -49,6 +49,10 @@ class MagneticTileModule(DataModule):
         self.config = config
         self.seed = seed
 
+    def look(self) -> None:
+        """See `DataModule.look`."""
+        shards(self.config.path, "all")
+
     def normals(self) -> Normals:
         """See `DataModule.normals`."""
         return self._normals

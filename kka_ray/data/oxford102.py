@@ -56,6 +56,10 @@ class Oxford102Module(DataModule):
         self.subject = f"{name} flowers"
         self.normal_terms = (name, *SYNONYMS.get(config.label, ()))
 
+    def look(self) -> None:
+        """See `DataModule.look`; the train file was read before."""
+        shards(self.config.path, "test")
+
     def normals(self) -> Normals:
         """See `DataModule.normals`. Raises DataError as well if the fold is empty, and a test would lack normals."""
         return self._normals

@@ -120,9 +120,10 @@ class UcmCaptionsModule(DataModule):
         is_validation = [parts[row["caption_id"]] == "validation" for row in used]
         return split_by_group(self._image_set(used), is_validation, source, {"border": border})
 
-    def look_for_test(self) -> None:
-        """See `DataModule.look_for_test`."""
-        shards(self.config.path, "test")
+    def look(self) -> None:
+        """See `DataModule.look`."""
+        for split in ("train", "test"):
+            shards(self.config.path, split)
 
     def test(self) -> ImageSet:
         """The held-out normal scenes, then every row of the other classes in the official test split."""

@@ -85,7 +85,7 @@ def test_terms_hold_names_and_synonyms(folder):
 def test_no_test_file_is_opened_before_test(folder):
     (folder / "test-00000-of-00001.parquet").write_bytes(b"garbage")
     data = open_data(config(folder), 0)
-    data.look_for_test()
+    data.look()
     assert len(data.normals().train) == 20
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet cannot be read as Parquet"):
         data.test()
@@ -95,11 +95,11 @@ def test_missing_files_are_named(folder, tmp_path):
     (folder / "test-00000-of-00001.parquet").unlink()
     data = open_data(config(folder), 0)
     data.normals()
-    for wanted in (data.test, data.look_for_test):
+    for wanted in (data.test, data.look):
         with pytest.raises(DataError, match=r"has no test-\*\.parquet; name a folder .* in a run as data\.path"):
             wanted()
     with pytest.raises(DataError, match=r"nowhere is not a folder.*train-\*\.parquet"):
-        open_data(config(tmp_path / "nowhere"), 0).normals()
+        open_data(config(tmp_path / "nowhere"), 0).look()
 
 
 def test_too_few_for_the_validation_asked_for(folder):

@@ -98,7 +98,7 @@ def test_no_test_file_is_opened_before_test(folder):
     (folder / "test-00000-of-00001.parquet").write_bytes(b"garbage")
     data = open_data(config(folder), 0)
     assert data.subject == "aerial views of storage tanks and tennis courts"
-    data.look_for_test()
+    data.look()
     assert len(data.normals().train) > 50
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         data.test()
@@ -107,7 +107,7 @@ def test_no_test_file_is_opened_before_test(folder):
 def test_a_test_file_that_is_missing_is_named_by_a_look(folder):
     (folder / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"has no test-\*\.parquet"):
-        open_data(config(folder), 0).look_for_test()
+        open_data(config(folder), 0).look()
 
 
 @pytest.mark.parametrize("labels", [(), (21,), (-1,), (19, 19)])
