@@ -47,15 +47,12 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
         _apply(values, override)
     if overrides:
         _give_texts_back(values, model, overrides)
-    try:
-        return _check(values, model, str(path), overridable=True)
-    except ConfigError as error:
-        raise ConfigError(f"{error}{_of_another_kind(str(error), read(Path(path)), values)}") from None
+    return _check(values, model, str(path), written=read(Path(path)))
 
 
 def parse(values: Mapping[str, Any], model: type[Model], source: str) -> Model:
     """Checks a mapping against `model`. Raises ConfigError."""
-    return _check(values, model, source, overridable=False)
+    return _check(values, model, source)
 
 
 def read(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -146,12 +143,16 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-def _check(values: Mapping[str, Any], model: type[Model], source: str, *, overridable: bool) -> Model:
-    """`overridable`: whether a missing key can be given with `-o`."""
+def _check(
+    values: Mapping[str, Any], model: type[Model], source: str, written: Mapping[str, Any] | None = None
+) -> Model:
+    """`written`: the values of a file before those given with `-o`, which may give a missing one as well."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(e, model, overridable) for e in error.errors()]
+        lines = [_explain(e, model, written is not None) for e in error.errors()]
+        faults = [_Place.of(model, e["loc"]).keys for e in error.errors()]
+        lines += _of_another_kind(faults, written, values)
         raise ConfigError(f"{source} is not a valid {model.__name__}:\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
@@ -190,18 +191,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
     inner[last] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
-def _of_another_kind(said: str, before: Any, after: Any, name: str = "") -> str:
+def _of_another_kind(faults: Sequence[Sequence[Any]], before: Any, after: Any, *at: str) -> Iterator[str]:
     """What to do where an override gave a section another `kind` and the rest, of the kind before, is at fault."""
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
-        return ""
-    kinds = before.get("kind"), after.get("kind")
-    if name and None not in kinds and kinds[0] != kinds[1] and f"\n  {name}." in said:
-        return (
-            f"\n  {name} is of kind {kinds[0]} in the file, and keeps its other keys where only the kind is changed: "
-            f"give it whole, as in -o '{name}={{kind: {kinds[1]}}}'"
+        return
+    old, new = before.get("kind"), after.get("kind")
+    if at and old is not None and new not in (None, old) and any(tuple(f[: len(at)]) == at != tuple(f) for f in faults):
+        name = ".".join(at)
+        yield (
+            f"{name} is of kind {old} in the file, and keeps its other keys where only the kind is changed: "
+            f"give it whole, as in -o '{name}={{kind: {new}}}'"
         )
-    inner = ((key, f"{name}.{key}" if name else key) for key in before.keys() & after.keys())
-    return "".join(_of_another_kind(said, before[key], after[key], place) for key, place in sorted(inner))
+    for key in sorted(before.keys() & after.keys()):
+        yield from _of_another_kind(faults, before[key], after[key], *at, key)
 
 
 def _give_texts_back(values: dict[str, Any], model: type[BaseModel], overrides: Sequence[str]) -> None:
