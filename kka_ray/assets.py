@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -293,12 +294,16 @@ _NOT_FETCHED = [
 
 def _hub_snapshot(name: str, *, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     wanted: dict[str, Any] = {"revision": revision or None, "local_files_only": local_only}
     try:
-        parts = _pipeline_parts(repository, wanted)
-        left_out = _NOT_FETCHED if parts is None or local_only else [*_NOT_FETCHED, *_halves(repository, wanted)]
+        try:
+            parts = _pipeline_parts(repository, wanted)
+        except LocalEntryNotFoundError:  # no pipeline is here, and the hub does not answer: what is here has to do
+            parts, wanted["local_files_only"] = None, True
+        left_out = _NOT_FETCHED if parts is None else [*_NOT_FETCHED, *_halves(_files(repository, wanted))]
         return Path(snapshot_download(repository, allow_patterns=parts, ignore_patterns=left_out, **wanted))
     except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         raise AssetError(
@@ -307,30 +312,36 @@ def _hub_snapshot(name: str, *, local_only: bool) -> Path:
         ) from error
 
 
-def _halves(repository: str, wanted: dict[str, Any]) -> list[str]:
-    """A pattern of the weights in half precision, unless a pipeline's repository holds no others.
+def _files(repository: str, wanted: dict[str, Any]) -> list[str]:
+    """What a repository holds: as the hub says, else as it said when it was fetched from. Empty if neither is known."""
+    from huggingface_hub import get_cached_repo_tree, list_repo_files
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    Nothing where the hub does not answer: then nothing is fetched, and the cache has what it has.
-    """
-    from huggingface_hub import list_repo_files
+    if not wanted["local_files_only"]:
+        with suppress(Exception):  # of many types, as above; what cannot be had is said by who fetches it
+            return list_repo_files(repository, revision=wanted["revision"])
+    with suppress(CachedRepoTreeNotFoundError):
+        return [file.path for file in get_cached_repo_tree(repository, revision=wanted["revision"])]
+    return []
 
-    try:
-        files = list_repo_files(repository, revision=wanted["revision"])
-    except Exception:  # of many types, as above; what cannot be had is said by who fetches it
-        return []
-    return [] if variant(files) else ["*.fp16.*", "*.fp16-*"]
+
+def _halves(files: Sequence[str]) -> list[str]:
+    """Patterns of the weights in half precision, unless a pipeline's repository holds no others."""
+    return ["*.fp16.*", "*.fp16-*"] if files and variant(files) is None else []
 
 
 def _pipeline_parts(repository: str, wanted: dict[str, Any]) -> list[str] | None:
     """Patterns of the files of a diffusers pipeline, beside which repositories hold all weights again in one file.
 
-    None for other models.
+    None for other models. Raises LocalEntryNotFoundError if nothing is known of it here and the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         index = json.loads(Path(hf_hub_download(repository, "model_index.json", **wanted)).read_text())
+    except LocalEntryNotFoundError:
+        raise
     except EntryNotFoundError:
         return None
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]

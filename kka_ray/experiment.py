@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ from kka_ray.files import absolute_path, write_json, write_text, written
 from kka_ray.loop import Loop, LoopResult, Progress, Round
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, extract_images, prepare
-from kka_ray.records import Description, Rendering, Verdict, to_table
+from kka_ray.records import Description, Rendering, Verdict, schema, to_table
 from kka_ray.render.index import check_renderer
 from kka_ray.store import Store
 
@@ -49,6 +49,7 @@ ANOTHER_NAME = (
 """What to do where a folder is another run's or sweep's."""
 
 _NEEDED_BYTES = 500_000_000
+_ROWS = 256  # images that are written at a time
 
 
 @dataclass(frozen=True)
@@ -391,9 +392,8 @@ def _write_records(
     """Everything that the report shows, as Parquet tables that pandas reads. `scores` are the validation normals'."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / "descriptions", to_table(Description, [d for r in result.rounds for d in r.descriptions]))
-    drawn = [x for r in result.rounds for x in r.drawn.renderings]
-    _write_table(folder / "renderings", to_table(Rendering, drawn))
-    _write_table(folder / "drawn_normals", to_table(Rendering, result.normals.renderings))
+    _write_renderings(folder / "renderings", [r.drawn.renderings for r in result.rounds])
+    _write_renderings(folder / "drawn_normals", [result.normals.renderings])
     audit = result.audit
     assert audit is not None
     _write_table(folder / "verdicts", to_table(Verdict, audit.verdicts))
@@ -493,6 +493,17 @@ def check_room(store: Store) -> None:
             f"only {free / 1e6:.0f} MB are free for the store {store.uri}; a run needs {_NEEDED_BYTES / 1e6:.0f} MB. "
             "Free some room (`kka gc`) or move it with -o store.uri=..."
         )
+
+
+def _write_renderings(path: Path, rounds: Iterable[Sequence[Rendering]]) -> None:
+    """The images of rounds, some at a time: a table of all of them would be in memory several times."""
+    with (
+        written(path.with_suffix(".parquet")) as temporary,
+        pq.ParquetWriter(temporary, schema(Rendering), compression="zstd") as writer,
+    ):
+        for rows in rounds:
+            for start in range(0, len(rows), _ROWS):
+                writer.write_table(to_table(Rendering, rows[start : start + _ROWS]))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -11,7 +11,6 @@ the earlier.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
@@ -322,7 +321,14 @@ class Store:
 
     def names(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of everything with a marker; reads none of them."""
-        for path in sorted(self.filesystem.glob(f"{glob.escape(self.path())}/*/*/{_MARKER}")):
+        root = self.path()
+        if self.is_local:
+            paths = [file.as_posix() for file in Path(root).glob(f"*/*/{_MARKER}")]
+        else:
+            # One listing of everything: a pattern would ask a storage for each folder by itself.
+            paths = [path for path in self.filesystem.find(root) if path.endswith(f"/{_MARKER}")]
+        depth = root.rstrip("/").count("/") + 3
+        for path in sorted(path for path in paths if path.count("/") == depth):
             stage, key = path.split("/")[-3:-1]
             yield stage, key
 

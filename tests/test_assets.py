@@ -4,6 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from huggingface_hub.errors import EntryNotFoundError
 
 from kka_ray import assets
@@ -95,6 +96,31 @@ def test_a_pipeline_in_the_cache_is_had_where_the_hub_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
     assert assets._hub_snapshot("org/name", local_only=False) == tmp_path
+
+
+@pytest.mark.parametrize("local_only", [True, False])
+def test_a_pipeline_in_the_cache_lacks_only_what_was_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_only: bool
+) -> None:
+    """The hub's own client, which knows what the repository held and calls a cache without all of it incomplete."""
+    commit, cached = "0" * 40, tmp_path / "models--org--name"
+    folder = cached / "snapshots" / commit
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "P", "unet": ["diffusers", "U"]}))
+    (folder / "unet" / "x.safetensors").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    held = {name: TreeCacheEntry(size=0, blob_id="0" * 40) for name in _FILES}
+    write_tree_cache(str(cached), commit, held)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert assets._hub_snapshot("org/name", local_only=local_only) == folder
+    (folder / "unet" / "x.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"incomplete.*unet/x\.safetensors"):
+        assets._hub_snapshot("org/name", local_only=local_only)
+
+
+_FILES = ("model_index.json", "unet/x.safetensors", "unet/x.fp16.safetensors", "whole.safetensors")
 
 
 def test_a_model_that_another_process_installs_meanwhile_is_left_as_it_is(

@@ -18,7 +18,7 @@ from kka_ray import assets
 from kka_ray.amounts import amount
 from kka_ray.config.models import PoolConfig, RunConfig
 from kka_ray.config.sweep import Sweep
-from kka_ray.errors import ResourceError
+from kka_ray.errors import AssetError, ResourceError
 
 TRIAL_CPUS = 0.25
 """Logical CPUs of a trial's own process; what it waits for most of the time computes elsewhere."""
@@ -215,12 +215,19 @@ def _train(config: RunConfig, name: str, workers: int, engine: str, model: str, 
 
 
 def weights_bytes(reference: str) -> int | None:
-    """Bytes of the safetensors that a model is loaded from; None if it is not on this machine.
+    """Bytes of the safetensors that a model is loaded from; None if it is not on this machine, or not whole.
 
-    Raises AssetError if there is no such built-in model, or a model's index names a file that is not there.
+    Raises AssetError if there is no such built-in model, or the index in a model's folder names a file that is not
+    there.
     """
     assets.check_name(reference)
     folder = assets.here(reference)
     if folder is None:
         return None
-    return sum(file.stat().st_size for file in assets.weights(folder) or folder.rglob("*.safetensors"))
+    try:
+        files = assets.weights(folder)
+    except AssetError:
+        if reference.startswith("hub:"):
+            return None  # the cache holds a part of it; what is missing is fetched as the model is loaded
+        raise
+    return sum(file.stat().st_size for file in files or folder.rglob("*.safetensors"))

@@ -64,7 +64,8 @@ def run(
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     each = cluster.train_gpus if gpus else 0.0
     # NCCL reduces what lies on GPUs alone.
-    backend = None if gpus and computes_on(cluster) == "cuda" else "gloo"
+    device = computes_on(cluster) if gpus else "cpu"
+    backend = None if device == "cuda" else "gloo"
     with tempfile.TemporaryDirectory(prefix="kka-train-") as storage:
         for restarts in itertools.count():
             trainer = _Trainer(
@@ -83,7 +84,7 @@ def run(
                         max_failures=cluster.max_restarts, controller_failure_limit=_waits(cluster) - 1
                     ),
                     callbacks=[_EndsAtOnce()],
-                    worker_runtime_env=runtime_env(cluster.train_runtime_env),
+                    worker_runtime_env=runtime_env(cluster.train_runtime_env, device),
                 ),
             )
             try:

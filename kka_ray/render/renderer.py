@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from kka_ray.features.device import compute_dtype
 from kka_ray.render.index import BUILT_IN, check_index, model_index
 from kka_ray.render.masks import blob_mask
 from kka_ray.render.pipeline import KkaFlowPipeline
+
+log = logging.getLogger(__name__)
 
 VERSION = 8
 """Goes into the store's keys; raised when drawing changes."""
@@ -88,8 +91,9 @@ class Renderer:
         thread count repeats bit for bit.
 
         A text on which the pipeline raises is found by halving and does not touch its neighbours. A picture that is
-        not finite, or of one colour (which is what safety checkers leave), is an error as well. Raises ValueError for
-        arguments of unequal length, ResourceError if the memory does not suffice.
+        not finite, or of one colour (which is what safety checkers leave), is an error as well. Where the memory does
+        not suffice for a chunk, it is halved, too. Raises ValueError for arguments of unequal length, ResourceError if
+        the memory does not suffice for one picture.
         """
         if len(seeds) != len(texts) or (normals is not None and len(normals) != len(texts)):
             raise ValueError(f"{len(texts)} texts need as many seeds ({len(seeds)}) and normals")
@@ -109,14 +113,18 @@ class Renderer:
         except ConfigError:
             raise  # of no text in particular
         except Exception as error:
-            if _is_out_of_memory(error):
-                raise ResourceError(
-                    f"not enough memory on {self._device} to draw {len(texts)} pictures at once ({error}); lower "
-                    f"render.chunk = {self.config.chunk}"
-                ) from error
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device is lost to this process, for every text
-            if len(texts) == 1:
+            scarce = _is_out_of_memory(error)
+            if scarce and len(texts) == 1:
+                raise ResourceError(f"not enough memory on {self._device} to draw a picture ({error})") from error
+            if scarce:
+                log.warning(
+                    "not enough memory on %s to draw %d pictures at once (%s): half of them at a time; lower "
+                    "render.chunk = %d to spare the trial",
+                    *(self._device, len(texts), error, self.config.chunk),
+                )
+            elif len(texts) == 1:
                 return [DrawError(f"{type(error).__name__}: {error}")]
         middle = len(texts) // 2
         halves = [slice(0, middle), slice(middle, None)]

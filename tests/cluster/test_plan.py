@@ -184,12 +184,14 @@ def test_only_what_is_loaded_weighs(tmp_path: Path, files: list[str], loaded: li
     assert weights_bytes(str(tmp_path)) == sum((tmp_path / name).stat().st_size for name in loaded)
 
 
-def test_a_model_without_one_of_its_files_is_named(tmp_path: Path) -> None:
+def test_a_model_without_one_of_its_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first.safetensors").write_bytes(b"x")
     index = {"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(AssetError, match=r"second\.safetensors is missing"):
         weights_bytes(str(tmp_path))
+    monkeypatch.setattr("kka_ray.assets.here", lambda _: tmp_path)
+    assert weights_bytes("hub:org/name") is None, "the rest is fetched as the model is loaded"
 
 
 @pytest.mark.parametrize("text", ['{"metadata"', "{}", "[]", '{"weight_map": []}'])

@@ -150,15 +150,23 @@ def test_an_empty_picture_is_an_error_of_its_row(
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no memory")],
 )
 def test_lack_of_memory_is_no_fault_of_a_text(
-    flow_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    flow_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     renderer = load(flow_folder)
+    apart = renderer.draw(["a"], [1]) + renderer.draw(["b"], [2])
+    encode, room = renderer._pipeline.encode, 1
 
-    def full(*_: Any, **__: Any) -> None:
-        raise error
+    def full(texts: list[str], *rest: Any, **named: Any) -> Any:
+        if len(texts) > room:
+            raise error
+        return encode(texts, *rest, **named)
 
     monkeypatch.setattr(renderer._pipeline, "encode", full)
-    with pytest.raises(ResourceError, match=r"render\.chunk"):
+    drawn = renderer.draw(["a", "b"], [1, 2])
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, apart, strict=True))
+    assert "render.chunk" in caplog.text
+    room = 0
+    with pytest.raises(ResourceError, match="not enough memory on cpu to draw a picture"):
         renderer.draw(["a", "b"], [1, 2])
 
 
