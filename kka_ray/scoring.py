@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ BATCH_PIXELS = 32_000_000
 """A batch ends at this many images or pixels: 100 MB of decoded images, unless a single one is larger."""
 
 COLUMNS = ("file", "status", "score", "robust_z", "percentile", "verdict", "error")
+
+_MADE = ("scores.csv", "heatmaps", "contact_sheet.png")
+"""What a scoring puts into its folder, in this order."""
 
 _HOT = 6.0
 """Heat, in MADs of validation normals, from which an overlay is at full strength, unless the image holds more."""
@@ -142,15 +146,16 @@ def score_folder(
     what an earlier scoring left in `output` is replaced.
 
     A file that cannot be read is a row with the error. Raises AssetError without a detector, or if heat maps are asked
-    of one that was saved before they had a scale; DataError without images or if `output` holds heat maps of something
-    else; ResourceError if it cannot be written.
+    of one that was saved before they had a scale; DataError without images or if `output` holds files of these names
+    that are something else; ResourceError if it cannot be written.
     """
     tuned = load_detector(model, engine=engine)
-    files = _find(images, output)
+    files = _find(images)
     if not files:
         raise DataError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))}); name an image or a folder with some")
-    if (output / "heatmaps").exists() and not (output / "scores.csv").is_file():
-        raise DataError(f"{output / 'heatmaps'} was not made by a scoring; choose another --output, or remove it")
+    there = [output / name for name in _MADE if (output / name).exists()]
+    if there and not _is_scoring(output):
+        raise DataError(f"{there[0]} was not made by a scoring; choose another --output, or move it away")
     fresh = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -229,19 +234,29 @@ def _map_name(name: str) -> str:
     return f"{folder}{slash}{last}.png"
 
 
-def _find(images: Path, output: Path) -> list[tuple[str, Path]]:
-    """(name, path) of the images, sorted by name; hidden files and what a scoring made in `output` are left out."""
+def _find(images: Path) -> list[tuple[str, Path]]:
+    """(name, path) of the images, sorted by name; hidden files and what scorings made are left out."""
     if images.is_file():
         return [(images.name, images)]
     if not images.is_dir():
         raise DataError(f"there is no image or folder {images}")
-    sheet, maps = output.resolve() / "contact_sheet.png", output.resolve() / "heatmaps"
-    found = []
-    for path in image_files(images, recursive=True):
+    is_scoring = cache(_is_scoring)
+
+    def made(path: Path) -> bool:
         real = Path(os.path.realpath(path))  # `resolve` raises on a link to itself
-        if real != sheet and maps not in real.parents:
-            found.append((path.relative_to(images).as_posix(), path))
-    return found
+        return any(is_scoring(part.parent) for part in (real, *real.parents) if part.name in _MADE)
+
+    files = image_files(images, recursive=True)
+    return [(path.relative_to(images).as_posix(), path) for path in files if not made(path)]
+
+
+def _is_scoring(folder: Path) -> bool:
+    """Whether a scoring was put into the folder: its table is told by the columns."""
+    try:
+        with (folder / "scores.csv").open(encoding="utf-8", errors="replace") as stream:
+            return stream.readline().rstrip("\n") == ",".join(COLUMNS)
+    except OSError:
+        return False
 
 
 def _batches(
@@ -285,7 +300,7 @@ def _put_in_place(work: Path, output: Path) -> None:
     if (output / "heatmaps").exists():
         (output / "heatmaps").rename(work / "replaced")
     (output / "contact_sheet.png").unlink(missing_ok=True)
-    for name in ("scores.csv", "heatmaps", "contact_sheet.png"):
+    for name in _MADE:
         if (work / name).exists():
             (work / name).rename(output / name)
 

@@ -237,13 +237,15 @@ def test_a_scoring_that_is_interrupted_as_it_is_put_in_place_can_be_done_again(t
     assert not heat.exists() or heat.read_text() == table.read_text()
 
 
-def test_heatmaps_of_something_else_are_not_deleted(images, run, tmp_path):
-    own = tmp_path / "out" / "heatmaps" / "mine.txt"
+@pytest.mark.parametrize("name", ["heatmaps/mine.txt", "contact_sheet.png", "scores.csv"])
+def test_files_of_something_else_are_not_replaced(images, run, tmp_path, name):
+    own = tmp_path / "out" / name
     own.parent.mkdir(parents=True)
-    own.touch()
+    own.write_text("mine")
     with pytest.raises(DataError, match="was not made by a scoring"):
         _score(images, run, tmp_path / "out")
-    assert own.exists()
+    assert own.read_text() == "mine"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
 
 
 def test_no_images_and_no_model_are_errors(images, run, tmp_path):

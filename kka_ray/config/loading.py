@@ -184,11 +184,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        if text.lstrip()[:1] in tuple("{['\""):
+        if text.lstrip().startswith("{"):
             raise ConfigError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
-        value = text
-    # A sentence with a colon, as "Photos of other things:", would be a mapping; one that is meant has braces.
-    inner[last] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+        value = text  # as a regular expression that begins with a bracket
+    # A sentence with a colon, as "Photos of other things:", would be a mapping; one that is meant has braces. What
+    # follows a # would be left out, and is meant as well.
+    plain = text.strip()[:1] not in tuple("{['\"")
+    cut = isinstance(value, str | None) and "#" in text
+    inner[last] = text if plain and (cut or isinstance(value, dict)) else value
 
 
 def _of_another_kind(faults: Sequence[Sequence[Any]], before: Any, after: Any, *at: str) -> Iterator[str]:
@@ -214,8 +217,8 @@ def _give_texts_back(values: dict[str, Any], model: type[BaseModel], overrides: 
     except ValidationError as error:
         for problem in error.errors():
             keys = _Place.of(model, problem["loc"]).keys
-            scalar = not isinstance(problem["input"], dict | list | None)
-            if problem["type"] == "string_type" and scalar and keys in given:
+            meant = not isinstance(problem["input"], dict | None)
+            if problem["type"] == "string_type" and meant and keys in given:
                 inner = values
                 for key in keys[:-1]:
                     inner = inner[key]

@@ -18,7 +18,7 @@ from kka_ray.config.models import FolderData
 from kka_ray.data.base import DataModule, ImageSet, Normals
 from kka_ray.data.captions import fill, without_article
 from kka_ray.data.decode import TooLargeError, decode
-from kka_ray.data.splits import draw_groups, drop_seen, split_by_group, split_normals
+from kka_ray.data.splits import MIN_VALIDATION, draw_groups, drop_seen, split_by_group, split_normals
 from kka_ray.errors import DataError
 from kka_ray.memory import usable_memory
 
@@ -112,9 +112,22 @@ class FolderModule(DataModule):
         groups = self._groups(images.ids)
         if groups is None:
             return split_normals(images, self.config.validation, self.seed, str(folder), loaded.counts())
-        count = max(1, round(self.config.validation * len(set(groups))))
-        validating = draw_groups(groups, count, self.seed, "validation")
-        return split_by_group(images, [g in validating for g in groups], str(folder), loaded.counts())
+        return self._split(images, groups, loaded)
+
+    def _split(self, images: ImageSet, groups: Sequence[str], loaded: _Loaded) -> Normals:
+        """A share of the groups validates, or more where these have too few images; the others train."""
+        total = len(set(groups))
+        if total < 2:
+            raise DataError(
+                f"data.group: {self.config.group!r} finds {groups[0]!r} in all {len(groups)} names, and one object "
+                "cannot both train and validate; correct it, or leave it out"
+            )
+        least = min(max(1, round(self.config.validation * total)), total - 1)
+        drawn = [draw_groups(groups, count, self.seed, "validation") for count in range(least, total)]
+        enough = (some for some in drawn if sum(group in some for group in groups) >= MIN_VALIDATION)
+        validating = next(enough, drawn[-1])
+        source = f"{self._normal_folder()}, {total} different ones by data.group"
+        return split_by_group(images, [group in validating for group in groups], source, loaded.counts())
 
     def test(self) -> ImageSet | None:
         """The images of `test/good`, then those of the defects by name; None where there are no defects.
@@ -246,18 +259,25 @@ class FolderModule(DataModule):
         path = self.root / str(self.config.captions)
         try:
             with path.open(newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream)
-                columns = set(reader.fieldnames or ())
+                reader = csv.DictReader(stream, strict=True)  # else a quote without its end takes in the rows below
+                columns = sorted(reader.fieldnames or ())
                 # What is beyond the columns lies under None.
                 rows = [(reader.line_num, row.get("file"), row.get("caption"), row.get(None)) for row in reader]  # type: ignore[call-overload]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
+            raise DataError(
+                f"data.captions: {path}, below line {reader.line_num}: {error}; look there for a double quote without "
+                "its other one"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.captions: {path} cannot be read ({error}); it must be a CSV in UTF-8 with the columns "
                 "file and caption, its name relative to data.path"
             ) from error
-        if not {"file", "caption"} <= columns:
-            there = ", ".join(repr(column) for column in sorted(columns)) or "none"
-            raise DataError(f"{path} must have the columns file and caption, separated by commas; it has {there}")
+        if columns.count("file") != 1 or columns.count("caption") != 1:
+            there = ", ".join(repr(column) for column in columns) or "none"
+            raise DataError(
+                f"{path} must have the columns file and caption once each, separated by commas; it has {there}"
+            )
         table: dict[Path, str] = {}
         for line, name, caption, more in rows:
             if any(more or ()):

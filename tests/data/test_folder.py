@@ -258,8 +258,14 @@ def test_csv_with_names_from_either_folder(mvtec):
         (["000.png,a", f"{'9' * 300}.png,b"], "file,caption", r"line 3: there is no file 9+\.png"),
         (["000.png,a", "000.png,b"], "file,caption", r"line 3: 000\.png has a caption already"),
         (["000.png,"], "file,caption", "line 2: the file or its caption is empty"),
-        (["000.png,a"], "name,text", "columns file and caption, separated by commas; it has 'name', 'text'"),
+        (["000.png,a"], "name,text", "columns file and caption once each, separated by commas; it has 'name', 'text'"),
         (["000.png;a"], "file;caption", "separated by commas; it has 'file;caption'"),
+        (["000.png,a,b"], "file,caption,caption", "once each.*it has 'caption', 'caption', 'file'"),
+        (
+            ['000.png,"a', "001.png,b"],
+            "file,caption",
+            "below line 1: unexpected end of data; look there for a double quote",
+        ),
         (["000.png,a screw, from the side"], "file,caption", "line 2: it has more cells than there are columns; put a"),
     ],
 )
@@ -324,6 +330,18 @@ def test_images_of_one_object_stay_together(tmp_path, write_images, picture):
         assert len(parts[1]) == 2  # of 7, by its own the file that does not match
         seen |= parts[1]
     assert len(seen) > 3
+
+
+def test_of_objects_with_few_images_as_many_validate_as_it_takes(tmp_path, write_images):
+    write_images(tmp_path, 12)
+    for number in range(12):
+        # The first two show objects of their own.
+        (tmp_path / f"{number:03d}.png").rename(tmp_path / f"part{max(number, 1)}_{number:03d}.png")
+    for seed in range(4):
+        normals = open_data(config(tmp_path, group=r"part(\d+)_", validation=0.01), seed).normals()
+        assert len(normals.validation) == 2
+    with pytest.raises(DataError, match=r"data\.group: 'p\(art\)' finds 'art' in all 12 names"):
+        open_data(config(tmp_path, group="p(art)"), 0).normals()
 
 
 def test_names_that_are_no_utf_8_are_escaped(mvtec):
