@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import struct
 import threading
 import time
 import zlib
@@ -24,6 +25,7 @@ from kka_ray.serving.access import digest
 from kka_ray.serving.app import ImageScore, create_app
 from kka_ray.serving.refusal import Refusal
 from kka_ray.serving.scorer import ImageScorer, Item, Judgement
+from kka_ray.serving.upload import check_image
 
 TOKEN = "a-token-for-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -226,6 +228,23 @@ def test_pixels_are_counted_before_they_are_decoded(client, fake):
     _refused(_post(client, encode_png(np.zeros((101, 100, 3), np.uint8))), 413, "too_many_pixels")
     assert _post(client, encode_png(np.zeros((100, 100, 3), np.uint8))).status_code == 200
     assert len(fake.seen) == 1
+
+
+def test_the_limit_of_pixels_is_our_own_and_holds_for_tiles(client, fake):
+    # 200 million pixels, which Pillow itself would refuse: a PNG's header with the rest missing.
+    header = bytearray(_png())
+    header[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    check_image(bytes(header), "a.png", ServeConfig(max_pixels=200_000_000))
+    with pytest.raises(Refusal, match="20000 x 10000 pixels, more than the limit of 199999999"):
+        check_image(bytes(header), "a.png", ServeConfig(max_pixels=199_999_999))
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, "TIFF", tiffinfo={65_000: 101, 65_001: 100})
+    tiled = stream.getvalue()
+    for private, tag in ((65_000, 322), (65_001, 323)):  # Pillow does not write the size of tiles
+        tiled = tiled.replace(struct.pack("<H", private), struct.pack("<H", tag))
+    assert "tiles of 101 x 100 pixels" in _refused(_post(client, tiled), 413, "too_many_pixels")["reason"]
+    assert fake.seen == []
 
 
 @pytest.mark.parametrize("lossless", [False, True])
