@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,13 +20,25 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 64_000_000
 
+MAX_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; libtiff's limit of those within TIFFs is the same."""
+
 _LIMIT = threading.Lock()
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323
 _WHITE_IS_ZERO = 0
 
+_JPEG = b"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A JPEG's marker that a length follows, or the last."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
 
 class TooLargeError(DataError):
     """An image, or a tile of one, with more pixels than allowed. It was not decoded."""
+
+
+class UnsupportedError(DataError):
+    """An image of an allowed format, but of a kind that is not read. It was not decoded."""
 
 
 def content_of(file: Path) -> bytes:
@@ -41,9 +54,13 @@ def open_image(
 ) -> Image.Image:
     """An image of which the header alone was read. `source` names it in errors.
 
-    Raises TooLargeError if it has more than `max_pixels` pixels, or tiles that have, and DataError if the header
-    cannot be read.
+    Raises TooLargeError if it has more than `max_pixels` pixels, or tiles that have, UnsupportedError if it is a JPEG
+    of more than `MAX_SCANS` scans, or has 32-bit pixels, whose range is not known, and DataError if the header cannot
+    be read.
     """
+    if content.startswith(_JPEG) and _scans(content) > MAX_SCANS:
+        # Each takes the time of a decoding, and a few bytes.
+        raise UnsupportedError(f"{source}: is a JPEG of more than {MAX_SCANS} scans; save it anew or leave it out")
     try:
         with warnings.catch_warnings():
             # Pillow warns from 89 million pixels on and refuses from 179 million on; our own limit decides, below.
@@ -65,6 +82,12 @@ def open_image(
                 f"{source}: has {what}{width} x {height} pixels, more than the limit of {max_pixels}; "
                 "scale it down, leave it out or raise max_pixels"
             )
+    if image.mode in ("I", "F"):
+        image.close()
+        raise UnsupportedError(
+            f"{source}: has 32-bit pixels (mode {image.mode}), whose range is not known; "
+            "convert it to 8 or 16 bits a channel"
+        )
     return image
 
 
@@ -74,9 +97,7 @@ def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndar
     Of an animation or a stack the first frame is taken; EXIF rotation is applied; transparent images are laid on
     white; images of 9 to 16 bits are brought to 0..255, black to white. `source` names the image in errors.
 
-    Raises TooLargeError if the header promises more than `max_pixels` pixels, before any is decoded, or DataError
-    if the bytes are not an image of the allowed formats, are cut short or damaged, or hold 32-bit pixels, whose range
-    is not known.
+    Raises, before any pixel is decoded, what `open_image` raises, and DataError if the bytes are cut short or damaged.
     """
     if not content:
         raise DataError(f"{source}: the file is empty; replace it or leave it out")
@@ -90,15 +111,7 @@ def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndar
         try:
             image.load()
             scale = _grey_scale(image)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("I", "F"):
-                raise DataError(
-                    f"{source}: has 32-bit pixels (mode {upright.mode}), whose range is not known; "
-                    "convert it to 8 or 16 bits a channel"
-                )
-            return _to_rgb(upright, scale)
-        except DataError:
-            raise
+            return _to_rgb(ImageOps.exif_transpose(image), scale)
         except Exception as error:
             raise _damaged(source, error) from error
 
@@ -113,6 +126,19 @@ def encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def _scans(content: bytes) -> int:
+    """The scans of a JPEG, at most one more than allowed. Markers are found as libjpeg finds them: whatever is between
+    two is passed over, compressed pixels among it, in which 0 follows each 255."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(content, at)):
+        marker, at = content[found.end() - 1], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        at += int.from_bytes(content[at : at + 2], "big")
+    return scans
 
 
 def _tile_size(image: Image.Image) -> tuple[int, int]:

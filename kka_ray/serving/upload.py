@@ -8,7 +8,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from kka_ray.config.serve import ServeConfig
-from kka_ray.data.decode import TooLargeError, open_image
+from kka_ray.data.decode import TooLargeError, UnsupportedError, open_image
 from kka_ray.errors import DataError
 from kka_ray.serving.refusal import Refusal, too_large
 
@@ -61,8 +61,8 @@ async def read_images(
 def check_image(content: bytes, name: str, config: ServeConfig) -> None:
     """Reads an image's header.
 
-    Raises Refusal: 415 for a format that is not allowed, 413 for more than `max_pixels`, 400 if the
-    header cannot be read.
+    Raises Refusal: 415 for a format that is not allowed or a kind that is not read, 413 for more than `max_pixels`,
+    400 if the header cannot be read.
     """
     if not content:
         raise Refusal(400, "corrupt_image", "the file is empty", name)
@@ -76,6 +76,8 @@ def check_image(content: bytes, name: str, config: ServeConfig) -> None:
             open_image(content, name, config.max_pixels, config.formats).close()
     except TooLargeError as error:
         raise Refusal(413, "too_many_pixels", str(error), name) from error
+    except UnsupportedError as error:
+        raise Refusal(415, "unsupported_image", str(error), name) from error
     except DataError as error:
         raise Refusal(400, "corrupt_image", str(error), name) from error
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kka_ray.data.decode import FORMATS, TooLargeError, decode, encode_png, open_image
+from kka_ray.data.decode import FORMATS, MAX_SCANS, TooLargeError, UnsupportedError, decode, encode_png, open_image
 from kka_ray.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_big_endian_sixteen_bits_turned_by_exif():
 
 
 def test_float_pixels_are_refused():
-    with pytest.raises(DataError, match=r"a\.tif.*32-bit.*convert"):
+    with pytest.raises(UnsupportedError, match=r"a\.tif.*32-bit.*convert"):
         decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "a.tif")
 
 
@@ -201,6 +201,33 @@ def _tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
     data += b"\0" * (len(data) % 2)
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def _repeated(scans: int, head: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again until there are so many; `head` follows its first marker."""
+    content = saved(Image.fromarray(PIXELS), "JPEG", progressive=True)
+    last, end = content.rindex(b"\xff\xda"), len(content) - 2
+    more = scans - content.count(b"\xff\xda")
+    return content[:2] + head + content[2:end] + content[last:end] * more + content[end:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    assert decode(_repeated(MAX_SCANS), "a.jpg").shape == PIXELS.shape
+    with pytest.raises(UnsupportedError, match=r"^a\.jpg: is a JPEG of more than 100 scans; save it anew"):
+        decode(_repeated(MAX_SCANS + 1), "a.jpg")
+
+
+def test_scans_are_counted_in_the_image_alone():
+    comment = b"\xff\xda" * 200
+    head = b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment
+    assert decode(_repeated(20, head) + _repeated(MAX_SCANS), "a.jpg").shape == PIXELS.shape
+
+
+def test_scans_behind_restarts_and_bytes_between_markers_are_counted():
+    content = _repeated(MAX_SCANS + 1)
+    for between in (b"\xff\xd3", b"\xff\x00", b"junk", b"\xff\xff"):
+        with pytest.raises(UnsupportedError, match="scans"):
+            decode(content.replace(b"\xff\xda", between + b"\xff\xda"), "a.jpg")
 
 
 def tiled_tiff(image: int, tile: int) -> bytes:

@@ -268,6 +268,20 @@ def test_all_formats_pass_and_can_be_forbidden(client, fake, kind):
     assert other in _refused(_post(strict, stream.getvalue()), 415, "unknown_format")["reason"]
 
 
+def test_sound_images_of_a_kind_that_is_not_read_are_not_called_damaged(client, fake):
+    for dtype in (np.int32, np.float32):
+        stream = io.BytesIO()
+        Image.fromarray(np.ones((4, 4), dtype)).save(stream, "TIFF")
+        assert "32-bit" in _refused(_post(client, stream.getvalue()), 415, "unsupported_image")["reason"]
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    bomb = content[:-2] + scan * 100 + content[-2:]
+    assert "100 scans" in _refused(_post(client, bomb), 415, "unsupported_image")["reason"]
+    assert fake.seen == []
+
+
 def test_what_is_no_image_is_refused(client, fake):
     _refused(_post(client, b"<svg></svg>"), 415, "unknown_format")
     _refused(_post(client, b""), 400, "corrupt_image")
