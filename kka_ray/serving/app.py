@@ -14,6 +14,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -76,6 +77,8 @@ _BODY = {
         }
     },
 }
+_BEARER = HTTPBearer(auto_error=False, description="the service's token")
+"""Declares the token in `/openapi.json`; it refuses nothing by itself."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 408, 413, 415, 422, 503)
 }
@@ -86,7 +89,8 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
 
     The page, the health routes and `/openapi.json` answer without: they tell nothing of the model.
     """
-    app = FastAPI(title="kka_ray", docs_url=None, redoc_url=None)
+    # No redirect from a path that ends with a slash: its address would be http:// behind a proxy with TLS.
+    app = FastAPI(title="kka_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app)
 
     app.add_middleware(_Hardened)
@@ -98,7 +102,7 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
 
     @app.post(
         "/v1/score",
-        dependencies=[Depends(authorised)],
+        dependencies=[Depends(_BEARER), Depends(authorised)],
         responses=_ERRORS,
         openapi_extra={"requestBody": _BODY},
     )
@@ -115,7 +119,11 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
             raise Refusal(503, "too_slow", f"no scores within {config.timeout:g} s; try again later") from error
         return ScoreReply(images=[_reply(item.name, found) for item, found in zip(items, judged, strict=True)])
 
-    @app.get("/v1/model", dependencies=[Depends(authorised)], responses={401: {"model": ErrorReply}})
+    @app.get(
+        "/v1/model",
+        dependencies=[Depends(_BEARER), Depends(authorised)],
+        responses={status: _ERRORS[status] for status in (401, 503)},
+    )
     async def model() -> dict[str, Any]:
         """The detector, its threshold and its backbone."""
         return await scorer.describe()

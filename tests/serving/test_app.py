@@ -319,6 +319,7 @@ def test_broken_bodies_are_refused(client, content_type, body, status, code):
 def test_wrong_queries_and_paths_are_json_errors_too(client):
     assert "heatmap" in _refused(_post(client, _png(), query="?heatmap=maybe"), 422, "invalid")["reason"]
     _refused(client.get("/nowhere"), 404, "http")
+    _refused(client.post("/v1/score/", headers=BEARER, follow_redirects=False), 404, "http")
     _refused(client.get("/v1/score", headers=BEARER), 405, "http")
 
 
@@ -344,6 +345,12 @@ def test_the_interface_is_described_without_a_token_and_tells_nothing_of_the_mod
     assert set(described["paths"]) == {"/v1/score", "/v1/model", "/healthz", "/readyz"}
     assert set(described["components"]["schemas"]["ImageScore"]["properties"]) == set(ImageScore.model_fields)
     assert "fake" not in str(described)
+    (scheme,) = described["components"]["securitySchemes"].items()
+    assert scheme[1].items() >= {"type": "http", "scheme": "bearer"}.items()
+    for path, methods in described["paths"].items():
+        (operation,) = methods.values()
+        assert operation.get("security", []) == ([{scheme[0]: []}] if path.startswith("/v1/") else [])
+    assert {"401", "503"} <= set(described["paths"]["/v1/model"]["get"]["responses"])
     assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
 
 
