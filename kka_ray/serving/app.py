@@ -6,7 +6,8 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -110,13 +111,14 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
         request: Request, heatmap: Annotated[bool, Query(description="add a heat map to each image")] = False
     ) -> ScoreReply:
         """Scores 1 to N images."""
-        files = await _receive(request, config)
-        items = [Item(name, content, heatmap) for name, content in files]
-        try:
-            async with asyncio.timeout(config.timeout):
-                judged = await scorer.score(items)
-        except TimeoutError as error:
-            raise Refusal(503, "too_slow", f"no scores within {config.timeout:g} s; try again later") from error
+        end = asyncio.get_running_loop().time() + config.timeout
+        files = await _receive(request, config, end)
+        async with _answered(config, end):
+            for name, content in files:
+                # In a thread, as reading the header of a strange file may take a while.
+                await asyncio.to_thread(check_image, content, name, config)
+            items = [Item(name, content, heatmap) for name, content in files]
+            judged = await scorer.score(items)
         return ScoreReply(images=[_reply(item.name, found) for item, found in zip(items, judged, strict=True)])
 
     @app.get(
@@ -126,7 +128,8 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
     )
     async def model() -> dict[str, Any]:
         """The detector, its threshold and its backbone."""
-        return await scorer.describe()
+        async with _answered(config, asyncio.get_running_loop().time() + config.timeout):
+            return await scorer.describe()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -173,21 +176,27 @@ class _Hardened:
         await self._app(scope, receive, add)
 
 
-async def _receive(request: Request, config: ServeConfig) -> list[tuple[str, bytes]]:
+@asynccontextmanager
+async def _answered(config: ServeConfig, end: float) -> AsyncIterator[None]:
+    """Gives the block up at `end`, on the clock of the event loop: a request's `timeout` after its beginning."""
+    try:
+        async with asyncio.timeout_at(end):
+            yield
+    except TimeoutError as error:
+        raise Refusal(503, "too_slow", f"no answer within {config.timeout:g} s; try again later") from error
+
+
+async def _receive(request: Request, config: ServeConfig, end: float) -> list[tuple[str, bytes]]:
     headers = request.headers
     try:
-        async with asyncio.timeout(config.timeout):
-            files = await read_images(
+        async with asyncio.timeout_at(end):
+            return await read_images(
                 headers.get("content-type"), headers.get("content-length"), request.stream(), config
             )
     except TimeoutError as error:
         raise Refusal(408, "too_slow", f"the request did not arrive within {config.timeout:g} s") from error
     except ClientDisconnect as error:
         raise Refusal(400, "disconnected", "the client went away") from error
-    for name, content in files:
-        # In a thread, as reading the header of a strange file may take a while.
-        await asyncio.to_thread(check_image, content, name, config)
-    return files
 
 
 def _reply(name: str, found: Judgement | Unreadable) -> ImageScore:

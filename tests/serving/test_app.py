@@ -208,6 +208,29 @@ def test_a_detector_that_does_not_answer_is_given_up(fake):
     fake.score = hang
     client = TestClient(create_app(fake, LIMITS.model_copy(update={"timeout": 0.05}), digest(TOKEN)))
     _refused(_post(client, _png()), 503, "too_slow")
+    fake.describe = lambda: hang([])
+    _refused(client.get("/v1/model", headers=BEARER), 503, "too_slow")
+
+
+def test_reading_and_scoring_have_one_timeout_together(fake):
+    app, sent = create_app(fake, LIMITS.model_copy(update={"timeout": 1}), digest(TOKEN)), []
+    part = b'--b\r\nContent-Disposition: form-data; name="i"; filename="x"\r\n\r\n' + _png() + b"\r\n--b--\r\n"
+
+    async def receive():
+        await asyncio.sleep(0.6)
+        return {"type": "http.request", "body": part, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def hang(items):
+        await asyncio.sleep(60)
+
+    fake.score = hang
+    begin = time.monotonic()
+    asyncio.run(asyncio.wait_for(app(_authorised_scope(), receive, send), 20))
+    assert sent[0]["status"] == 503
+    assert time.monotonic() - begin < 1.5
 
 
 def test_limits_of_size_and_number(client, fake):
