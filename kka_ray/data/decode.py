@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,13 +20,25 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 64_000_000
 
+MAX_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; libtiff's limit of those within TIFFs is the same."""
+
 _LIMIT = threading.Lock()
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323
 _WHITE_IS_ZERO = 0
+
+_JPEG = b"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A JPEG's marker that a length follows, or the last."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 class TooLargeError(DataError):
-    """An image with more pixels than allowed. It was not decoded."""
+    """An image, or a tile of one, with more pixels than allowed. It was not decoded."""
+
+
+class UnsupportedError(DataError):
+    """An image of an allowed format, but of a kind that is not read. It was not decoded."""
 
 
 def content_of(file: Path) -> bytes:
@@ -36,37 +49,69 @@ def content_of(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read ({error}); give access to it or fetch it again") from error
 
 
+def open_image(
+    content: bytes, source: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """An image of which the header alone was read. `source` names it in errors.
+
+    Raises TooLargeError if it has more than `max_pixels` pixels, or tiles that have, UnsupportedError if it is a JPEG
+    of more than `MAX_SCANS` scans, or has 32-bit pixels, whose range is not known, and DataError if the header cannot
+    be read.
+    """
+    if content.startswith(_JPEG) and _scans(content) > MAX_SCANS:
+        # Each takes the time of a decoding, and a few bytes.
+        raise UnsupportedError(f"{source}: is a JPEG of more than {MAX_SCANS} scans; save it anew or leave it out")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 million pixels on and refuses from 179 million on; our own limit decides, below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _without_limit():
+                image = Image.open(io.BytesIO(content), formats=formats)
+        tile = _tile_size(image)
+    except Exception as error:
+        # Pillow's own words name an object in memory here, which would differ from run to run.
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(
+            f"{source}: is not an image that can be read ({why}); "
+            f"use one of {', '.join(formats)}, or replace the file if it is damaged"
+        ) from error
+    for what, (width, height) in (("", image.size), ("tiles of ", tile)):
+        if width * height > max_pixels:
+            image.close()
+            raise TooLargeError(
+                f"{source}: has {what}{width} x {height} pixels, more than the limit of {max_pixels}; "
+                "scale it down, leave it out or raise max_pixels"
+            )
+    if image.mode in ("I", "F"):
+        image.close()
+        raise UnsupportedError(
+            f"{source}: has 32-bit pixels (mode {image.mode}), whose range is not known; "
+            "convert it to 8 or 16 bits a channel"
+        )
+    return image
+
+
 def decode(content: bytes, source: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes one image to uint8 (H, W, 3), RGB.
 
     Of an animation or a stack the first frame is taken; EXIF rotation is applied; transparent images are laid on
     white; images of 9 to 16 bits are brought to 0..255, black to white. `source` names the image in errors.
 
-    Raises TooLargeError if the header promises more than `max_pixels` pixels, before any is decoded, and DataError
-    if the bytes are not an image of the allowed formats, are cut short or damaged, or hold 32-bit pixels, whose range
-    is not known.
+    Raises, before any pixel is decoded, what `open_image` raises, and DataError if the bytes are cut short or damaged.
     """
     if not content:
         raise DataError(f"{source}: the file is empty; replace it or leave it out")
-    with _open(content, source, max_pixels) as image:
+    with open_image(content, source, max_pixels) as image:
         try:
             # Checks the checksums of a PNG, which decoding alone does not. The image cannot be used afterwards.
             image.verify()
         except Exception as error:  # Pillow's readers raise many types on damaged files
             raise _damaged(source, error) from error
-    with _open(content, source, max_pixels) as image:
+    with open_image(content, source, max_pixels) as image:
         try:
             image.load()
             scale = _grey_scale(image)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("I", "F"):
-                raise DataError(
-                    f"{source}: has 32-bit pixels (mode {upright.mode}), whose range is not known; "
-                    "convert it to 8 or 16 bits a channel"
-                )
-            return _to_rgb(upright, scale)
-        except DataError:
-            raise
+            return _to_rgb(ImageOps.exif_transpose(image), scale)
         except Exception as error:
             raise _damaged(source, error) from error
 
@@ -83,28 +128,27 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _open(content: bytes, source: str, max_pixels: int) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on and refuses from 179 million on; our own limit decides, below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with _without_limit():
-                image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception as error:
-        # Pillow's own words name an object in memory here, which would differ from run to run.
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(
-            f"{source}: is not an image that can be read ({why}); "
-            f"use one of {', '.join(FORMATS)}, or replace the file if it is damaged"
-        ) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise TooLargeError(
-            f"{source}: has {width} x {height} pixels, more than the limit of {max_pixels}; "
-            "scale it down, leave it out or raise max_pixels"
-        )
-    return image
+def _scans(content: bytes) -> int:
+    """The scans of a JPEG, at most one more than allowed. Markers are found as libjpeg finds them: whatever is between
+    two is passed over, compressed pixels among it, in which 0 follows each 255."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(content, at)):
+        marker, at = content[found.end() - 1], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        at += int.from_bytes(content[at : at + 2], "big")
+    return scans
+
+
+def _tile_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the tiles of a TIFF, which are decoded whole, also where the image is far smaller; else 0.
+    Strips are as wide as the image, and end with it."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    if not (isinstance(width, int) and isinstance(height, int)):
+        raise ValueError(f"its tiles have the size {width} x {height}")
+    return width, height
 
 
 @contextmanager

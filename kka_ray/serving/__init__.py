@@ -112,7 +112,8 @@ def _deploy(run: str | Path, config: ServeConfig, token: Token, say: Callable[[s
     token_file = write_token(token, run, config.port)
     head = _head_elsewhere()
     host = head if head and config.host in _ANY else config.host
-    service = Service(f"http://{host}:{config.port}", token_file)
+    in_url = f"[{host}]" if ":" in host else host  # an IPv6 address
+    service = Service(f"http://{in_url}:{config.port}", token_file)
     where = service.url
     if head and host in _LOOPBACK:
         where += (
@@ -155,7 +156,7 @@ def _check_port(config: ServeConfig) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that is none, such as one of 64 letters
         raise ResourceError(
             f"cannot listen on {config.host} port {config.port}: {error}; choose another --port or --host"
         ) from error

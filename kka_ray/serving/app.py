@@ -6,7 +6,8 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -76,6 +78,8 @@ _BODY = {
         }
     },
 }
+_BEARER = HTTPBearer(auto_error=False, description="the service's token")
+"""Declares the token in `/openapi.json`; it refuses nothing by itself."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 408, 413, 415, 422, 503)
 }
@@ -86,7 +90,8 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
 
     The page, the health routes and `/openapi.json` answer without: they tell nothing of the model.
     """
-    app = FastAPI(title="kka_ray", docs_url=None, redoc_url=None)
+    # No redirect from a path that ends with a slash: its address would be http:// behind a proxy with TLS.
+    app = FastAPI(title="kka_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app)
 
     app.add_middleware(_Hardened)
@@ -98,7 +103,7 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
 
     @app.post(
         "/v1/score",
-        dependencies=[Depends(authorised)],
+        dependencies=[Depends(_BEARER), Depends(authorised)],
         responses=_ERRORS,
         openapi_extra={"requestBody": _BODY},
     )
@@ -106,19 +111,25 @@ def create_app(scorer: Scorer, config: ServeConfig, token_digest: bytes) -> Fast
         request: Request, heatmap: Annotated[bool, Query(description="add a heat map to each image")] = False
     ) -> ScoreReply:
         """Scores 1 to N images."""
-        files = await _receive(request, config)
-        items = [Item(name, content, heatmap) for name, content in files]
-        try:
-            async with asyncio.timeout(config.timeout):
-                judged = await scorer.score(items)
-        except TimeoutError as error:
-            raise Refusal(503, "too_slow", f"no scores within {config.timeout:g} s; try again later") from error
+        end = asyncio.get_running_loop().time() + config.timeout
+        files = await _receive(request, config, end)
+        async with _answered(config, end):
+            for name, content in files:
+                # In a thread, as reading the header of a strange file may take a while.
+                await asyncio.to_thread(check_image, content, name, config)
+            items = [Item(name, content, heatmap) for name, content in files]
+            judged = await scorer.score(items)
         return ScoreReply(images=[_reply(item.name, found) for item, found in zip(items, judged, strict=True)])
 
-    @app.get("/v1/model", dependencies=[Depends(authorised)], responses={401: {"model": ErrorReply}})
+    @app.get(
+        "/v1/model",
+        dependencies=[Depends(_BEARER), Depends(authorised)],
+        responses={status: _ERRORS[status] for status in (401, 503)},
+    )
     async def model() -> dict[str, Any]:
         """The detector, its threshold and its backbone."""
-        return await scorer.describe()
+        async with _answered(config, asyncio.get_running_loop().time() + config.timeout):
+            return await scorer.describe()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -165,21 +176,27 @@ class _Hardened:
         await self._app(scope, receive, add)
 
 
-async def _receive(request: Request, config: ServeConfig) -> list[tuple[str, bytes]]:
+@asynccontextmanager
+async def _answered(config: ServeConfig, end: float) -> AsyncIterator[None]:
+    """Gives the block up at `end`, on the clock of the event loop: a request's `timeout` after its beginning."""
+    try:
+        async with asyncio.timeout_at(end):
+            yield
+    except TimeoutError as error:
+        raise Refusal(503, "too_slow", f"no answer within {config.timeout:g} s; try again later") from error
+
+
+async def _receive(request: Request, config: ServeConfig, end: float) -> list[tuple[str, bytes]]:
     headers = request.headers
     try:
-        async with asyncio.timeout(config.timeout):
-            files = await read_images(
+        async with asyncio.timeout_at(end):
+            return await read_images(
                 headers.get("content-type"), headers.get("content-length"), request.stream(), config
             )
     except TimeoutError as error:
         raise Refusal(408, "too_slow", f"the request did not arrive within {config.timeout:g} s") from error
     except ClientDisconnect as error:
         raise Refusal(400, "disconnected", "the client went away") from error
-    for name, content in files:
-        # In a thread, as reading the header of a strange file may take a while.
-        await asyncio.to_thread(check_image, content, name, config)
-    return files
 
 
 def _reply(name: str, found: Judgement | Unreadable) -> ImageScore:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator
 
-from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from kka_ray.config.serve import ServeConfig
+from kka_ray.data.decode import TooLargeError, UnsupportedError, open_image
+from kka_ray.errors import DataError
 from kka_ray.serving.refusal import Refusal, too_large
 
 _MAGIC = (
@@ -61,8 +61,8 @@ async def read_images(
 def check_image(content: bytes, name: str, config: ServeConfig) -> None:
     """Reads an image's header.
 
-    Raises Refusal: 415 for a format that is not allowed, 413 for more than `max_pixels`, 400 if the
-    header cannot be read.
+    Raises Refusal: 415 for a format that is not allowed or a kind that is not read, 413 for more than `max_pixels`,
+    400 if the header cannot be read.
     """
     if not content:
         raise Refusal(400, "corrupt_image", "the file is empty", name)
@@ -70,14 +70,16 @@ def check_image(content: bytes, name: str, config: ServeConfig) -> None:
     if kind is None or kind not in config.formats:
         raise Refusal(415, "unknown_format", f"only {', '.join(config.formats)} images are scored", name)
     try:
-        width, height = _webp_size(content) if kind == "WEBP" else _size(content, kind)
-    except Image.DecompressionBombError as error:
-        raise Refusal(413, "too_many_pixels", f"more than {config.max_pixels} pixels", name) from error
-    except Exception as error:  # Pillow's readers raise many types on damaged files
-        raise Refusal(400, "corrupt_image", f"the {kind} header cannot be read; the file is damaged", name) from error
-    if width * height > config.max_pixels:
-        reason = f"{width} x {height} pixels are more than the limit of {config.max_pixels}"
-        raise Refusal(413, "too_many_pixels", reason, name)
+        if kind == "WEBP":
+            _check_webp(content, name, config.max_pixels)
+        else:
+            open_image(content, name, config.max_pixels, config.formats).close()
+    except TooLargeError as error:
+        raise Refusal(413, "too_many_pixels", str(error), name) from error
+    except UnsupportedError as error:
+        raise Refusal(415, "unsupported_image", str(error), name) from error
+    except DataError as error:
+        raise Refusal(400, "corrupt_image", str(error), name) from error
 
 
 def _check_total(size: int, config: ServeConfig) -> None:
@@ -91,9 +93,13 @@ def _format(content: bytes) -> str | None:
     return next((kind for magic, kind in _MAGIC if content.startswith(magic)), None)
 
 
-def _size(content: bytes, kind: str) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content), formats=[kind]) as image:
-        return image.size
+def _check_webp(content: bytes, name: str, max_pixels: int) -> None:
+    try:
+        width, height = _webp_size(content)
+    except ValueError as error:
+        raise DataError(f"{name}: the WEBP header cannot be read ({error}); the file is damaged") from error
+    if width * height > max_pixels:
+        raise TooLargeError(f"{name}: has {width} x {height} pixels, more than the limit of {max_pixels}")
 
 
 def _webp_size(content: bytes) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kka_ray.data.decode import FORMATS, TooLargeError, _open, decode, encode_png
+from kka_ray.data.decode import FORMATS, MAX_SCANS, TooLargeError, UnsupportedError, decode, encode_png, open_image
 from kka_ray.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_big_endian_sixteen_bits_turned_by_exif():
 
 
 def test_float_pixels_are_refused():
-    with pytest.raises(DataError, match=r"a\.tif.*32-bit.*convert"):
+    with pytest.raises(UnsupportedError, match=r"a\.tif.*32-bit.*convert"):
         decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "a.tif")
 
 
@@ -203,6 +203,58 @@ def _tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
+def _repeated(scans: int, head: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again until there are so many; `head` follows its first marker."""
+    content = saved(Image.fromarray(PIXELS), "JPEG", progressive=True)
+    last, end = content.rindex(b"\xff\xda"), len(content) - 2
+    more = scans - content.count(b"\xff\xda")
+    return content[:2] + head + content[2:end] + content[last:end] * more + content[end:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    assert decode(_repeated(MAX_SCANS), "a.jpg").shape == PIXELS.shape
+    with pytest.raises(UnsupportedError, match=r"^a\.jpg: is a JPEG of more than 100 scans; save it anew"):
+        decode(_repeated(MAX_SCANS + 1), "a.jpg")
+
+
+def test_scans_are_counted_in_the_image_alone():
+    comment = b"\xff\xda" * 200
+    head = b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment
+    assert decode(_repeated(20, head) + _repeated(MAX_SCANS), "a.jpg").shape == PIXELS.shape
+
+
+def test_scans_behind_restarts_and_bytes_between_markers_are_counted():
+    content = _repeated(MAX_SCANS + 1)
+    for between in (b"\xff\xd3", b"\xff\x00", b"junk", b"\xff\xff"):
+        with pytest.raises(UnsupportedError, match="scans"):
+            decode(content.replace(b"\xff\xda", between + b"\xff\xda"), "a.jpg")
+
+
+def tiled_tiff(image: int, tile: int) -> bytes:
+    """A black square, deflated, whose one tile is larger than itself."""
+    content = zlib.compress(bytes(tile * tile))
+    tags = [(256, image), (257, image), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(322, tile), (323, tile), (324, 8), (325, len(content))]
+    content += b"\0" * (len(content) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(content)) + content + directory
+
+
+def test_the_limit_holds_for_tiles_that_are_larger_than_their_image():
+    content = tiled_tiff(16, 64)
+    assert decode(content, "a.tif", max_pixels=64 * 64).shape == (16, 16, 3)
+    with pytest.raises(TooLargeError, match=r"a\.tif: has tiles of 64 x 64 pixels, more than the limit of 4095"):
+        decode(content, "a.tif", max_pixels=64 * 64 - 1)
+
+
+def test_strips_end_with_their_image():
+    content = bytearray(_tiff(np.array([0, 255]), 16, 1))
+    at = content.index(struct.pack("<HHI", 278, 4, 1)) + 8
+    content[at : at + 4] = struct.pack("<I", 2**31)
+    assert decode(bytes(content), "a.tif", max_pixels=2).shape == (1, 2, 3)
+
+
 @pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
 def test_grey_of_any_depth_goes_from_black_to_white(bits, photometric):
     white = 2**bits - 1
@@ -217,4 +269,4 @@ def test_our_own_limit_decides_however_high_it_is():
     with pytest.raises(TooLargeError, match="14000 x 13000 pixels, more than the limit of 181000000"):
         decode(content, "a.png", 181_000_000)
     assert before == Image.MAX_IMAGE_PIXELS
-    assert _open(content, "a.png", 182_000_000).size == (14_000, 13_000)
+    assert open_image(content, "a.png", 182_000_000).size == (14_000, 13_000)

@@ -82,6 +82,8 @@ def test_starting_says_what_is_missing(tmp_path, monkeypatch):
         taken.listen()
         with pytest.raises(ResourceError, match="choose another --port or --host"):
             start(tmp_path, ServeConfig(port=taken.getsockname()[1]), blocking=False)
+    with pytest.raises(ResourceError, match="cannot listen on aaaa.*choose another --port or --host"):
+        start(tmp_path, ServeConfig(host="a" * 70), blocking=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     monkeypatch.setattr(serving, "_check_port", lambda config: None)
     with pytest.raises(ConfigError, match=r"onnxruntime .*pip install"):
@@ -127,6 +129,7 @@ class Here:
     [
         ("a", "127.0.0.1", "http://127.0.0.1:8000", "at http://127.0.0.1:8000; token"),
         ("a", "0.0.0.0", "http://0.0.0.0:8000", "at http://0.0.0.0:8000; token"),
+        ("a", "::1", "http://[::1]:8000", "at http://[::1]:8000; token"),
         ("b", "127.0.0.1", "http://127.0.0.1:8000", "head, 10.0.0.1, which no other machine reaches: --host 0.0.0.0"),
         ("b", "0.0.0.0", "http://10.0.0.1:8000", "at http://10.0.0.1:8000; token"),
         ("b", "10.0.0.1", "http://10.0.0.1:8000", "at http://10.0.0.1:8000; token"),

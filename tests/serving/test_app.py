@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import struct
 import threading
 import time
 import zlib
@@ -24,6 +25,7 @@ from kka_ray.serving.access import digest
 from kka_ray.serving.app import ImageScore, create_app
 from kka_ray.serving.refusal import Refusal
 from kka_ray.serving.scorer import ImageScorer, Item, Judgement
+from kka_ray.serving.upload import check_image
 
 TOKEN = "a-token-for-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -206,6 +208,29 @@ def test_a_detector_that_does_not_answer_is_given_up(fake):
     fake.score = hang
     client = TestClient(create_app(fake, LIMITS.model_copy(update={"timeout": 0.05}), digest(TOKEN)))
     _refused(_post(client, _png()), 503, "too_slow")
+    fake.describe = lambda: hang([])
+    _refused(client.get("/v1/model", headers=BEARER), 503, "too_slow")
+
+
+def test_reading_and_scoring_have_one_timeout_together(fake):
+    app, sent = create_app(fake, LIMITS.model_copy(update={"timeout": 1}), digest(TOKEN)), []
+    part = b'--b\r\nContent-Disposition: form-data; name="i"; filename="x"\r\n\r\n' + _png() + b"\r\n--b--\r\n"
+
+    async def receive():
+        await asyncio.sleep(0.6)
+        return {"type": "http.request", "body": part, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def hang(items):
+        await asyncio.sleep(60)
+
+    fake.score = hang
+    begin = time.monotonic()
+    asyncio.run(asyncio.wait_for(app(_authorised_scope(), receive, send), 20))
+    assert sent[0]["status"] == 503
+    assert time.monotonic() - begin < 1.5
 
 
 def test_limits_of_size_and_number(client, fake):
@@ -228,6 +253,23 @@ def test_pixels_are_counted_before_they_are_decoded(client, fake):
     assert len(fake.seen) == 1
 
 
+def test_the_limit_of_pixels_is_our_own_and_holds_for_tiles(client, fake):
+    # 200 million pixels, which Pillow itself would refuse: a PNG's header with the rest missing.
+    header = bytearray(_png())
+    header[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    check_image(bytes(header), "a.png", ServeConfig(max_pixels=200_000_000))
+    with pytest.raises(Refusal, match="20000 x 10000 pixels, more than the limit of 199999999"):
+        check_image(bytes(header), "a.png", ServeConfig(max_pixels=199_999_999))
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, "TIFF", tiffinfo={65_000: 101, 65_001: 100})
+    tiled = stream.getvalue()
+    for private, tag in ((65_000, 322), (65_001, 323)):  # Pillow does not write the size of tiles
+        tiled = tiled.replace(struct.pack("<H", private), struct.pack("<H", tag))
+    assert "tiles of 101 x 100 pixels" in _refused(_post(client, tiled), 413, "too_many_pixels")["reason"]
+    assert fake.seen == []
+
+
 @pytest.mark.parametrize("lossless", [False, True])
 def test_the_size_of_a_webp_is_read_without_pillow(client, lossless, monkeypatch):
     stream = io.BytesIO()
@@ -247,6 +289,20 @@ def test_all_formats_pass_and_can_be_forbidden(client, fake, kind):
     other = "GIF" if kind == "PNG" else "PNG"
     strict = TestClient(create_app(fake, ServeConfig(formats=(other,)), digest(TOKEN)))
     assert other in _refused(_post(strict, stream.getvalue()), 415, "unknown_format")["reason"]
+
+
+def test_sound_images_of_a_kind_that_is_not_read_are_not_called_damaged(client, fake):
+    for dtype in (np.int32, np.float32):
+        stream = io.BytesIO()
+        Image.fromarray(np.ones((4, 4), dtype)).save(stream, "TIFF")
+        assert "32-bit" in _refused(_post(client, stream.getvalue()), 415, "unsupported_image")["reason"]
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    bomb = content[:-2] + scan * 100 + content[-2:]
+    assert "100 scans" in _refused(_post(client, bomb), 415, "unsupported_image")["reason"]
+    assert fake.seen == []
 
 
 def test_what_is_no_image_is_refused(client, fake):
@@ -286,6 +342,7 @@ def test_broken_bodies_are_refused(client, content_type, body, status, code):
 def test_wrong_queries_and_paths_are_json_errors_too(client):
     assert "heatmap" in _refused(_post(client, _png(), query="?heatmap=maybe"), 422, "invalid")["reason"]
     _refused(client.get("/nowhere"), 404, "http")
+    _refused(client.post("/v1/score/", headers=BEARER, follow_redirects=False), 404, "http")
     _refused(client.get("/v1/score", headers=BEARER), 405, "http")
 
 
@@ -311,6 +368,12 @@ def test_the_interface_is_described_without_a_token_and_tells_nothing_of_the_mod
     assert set(described["paths"]) == {"/v1/score", "/v1/model", "/healthz", "/readyz"}
     assert set(described["components"]["schemas"]["ImageScore"]["properties"]) == set(ImageScore.model_fields)
     assert "fake" not in str(described)
+    (scheme,) = described["components"]["securitySchemes"].items()
+    assert scheme[1].items() >= {"type": "http", "scheme": "bearer"}.items()
+    for path, methods in described["paths"].items():
+        (operation,) = methods.values()
+        assert operation.get("security", []) == ([{scheme[0]: []}] if path.startswith("/v1/") else [])
+    assert {"401", "503"} <= set(described["paths"]["/v1/model"]["get"]["responses"])
     assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
 
 
