@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kka_ray import assets
 from kka_ray.amounts import amount
+from kka_ray.cluster.streaming import Progress
 from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
 from kka_ray.detectors import tuned
@@ -19,7 +20,6 @@ from kka_ray.errors import ConfigError
 from kka_ray.evaluation import spread, takes
 from kka_ray.experiment import run
 from kka_ray.files import write_json
-from kka_ray.loop import Progress
 
 Read = Callable[[dict[str, Any]], float]
 

@@ -292,7 +292,10 @@ def export(
     from kka_ray.data.export import export_folder
 
     done = export_folder(parquet, target, seed=seed)
-    _say(f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects")
+    _say(
+        f"{target}: {done.train_good} train/good, {done.test_good} test/good, {done.defects} defects, "
+        f"{done.masks} masks; {done.duplicates} copies left out"
+    )
 
 
 @app.command("import")

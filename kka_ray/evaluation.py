@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from kka_ray import versions
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
+from kka_ray.cluster.streaming import Progress
 from kka_ray.config.models import AnomalyWeights, Detector, RunConfig
 from kka_ray.data.base import ImageSet
 from kka_ray.detectors import build, outside, sources
@@ -25,7 +26,7 @@ from kka_ray.errors import StageError
 from kka_ray.features import views
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
-from kka_ray.loop import LoopResult, Progress
+from kka_ray.loop import LoopResult
 from kka_ray.prepare import (
     FEATURES_VERSION,
     Prepared,

@@ -24,7 +24,7 @@ from kka_ray import assets, places, text_signal, tracking, versions
 from kka_ray.amounts import amount
 from kka_ray.cluster.plan import make_plan
 from kka_ray.cluster.session import nodes, session
-from kka_ray.cluster.streaming import Pools
+from kka_ray.cluster.streaming import Pools, Progress
 from kka_ray.config import config_hash, dump, load
 from kka_ray.config.models import ApiSampler, BackboneConfig, FlowersData, RunConfig
 from kka_ray.data import open_data
@@ -36,7 +36,7 @@ from kka_ray.evaluation import Evaluation, evaluate, headline_detector, metrics,
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.files import absolute_path, write_json, write_text, written
-from kka_ray.loop import Loop, LoopResult, Progress, Round
+from kka_ray.loop import Loop, LoopResult, Round
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, extract_images, prepare
 from kka_ray.records import Description, Rendering, Verdict, schema, to_table

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from kka_ray import assets, versions
 from kka_ray.amounts import amount
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
-from kka_ray.cluster.streaming import Drawn, Pools, Streamer
+from kka_ray.cluster.streaming import Drawn, Pools, Progress, Streamer
 from kka_ray.config.models import ApiSampler, ConfusionConfig, LoopConfig, RunConfig, share_of
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
@@ -35,13 +35,6 @@ from kka_ray.preference import dpo, pairs
 from kka_ray.prepare import Prepared
 from kka_ray.records import Description, PreferencePair, Prompt, Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output, Store, stage_key
-
-
-class Progress(Protocol):
-    """Hears of what the loop does."""
-
-    def __call__(self, stage: str, round: int, done: int, total: int) -> None:
-        """`done` of `total` items of a stage are there."""
 
 
 @dataclass(frozen=True)

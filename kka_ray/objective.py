@@ -29,13 +29,13 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from kka_ray.cluster.streaming import Pools
+from kka_ray.cluster.streaming import Pools, Progress
 from kka_ray.config.models import SEEDS, RunConfig
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
 from kka_ray.evaluation import UNSEEN, fit_headline
 from kka_ray.features.base import Features
-from kka_ray.loop import Loop, LoopResult, Progress
+from kka_ray.loop import Loop, LoopResult
 from kka_ray.prepare import Prepared, extract_images
 from kka_ray.records import Description
 from kka_ray.store import Store

@@ -101,6 +101,7 @@ def bare(images: Sequence[np.ndarray]) -> ImageSet:
 def feature_inputs(config: BackboneConfig, identity: str, patches: bool) -> dict[str, object]:
     """What features depend on besides the images."""
     return {
+        "version": FEATURES_VERSION,  # with drawn images they are a part of another stage's output
         "backbone": identity,
         "image_size": config.image_size,
         "patches": patches,

@@ -33,7 +33,7 @@ from kka_ray.cluster.budget import BudgetError
 from kka_ray.cluster.placement import bundles
 from kka_ray.cluster.plan import TRIAL_CPUS, plan_of_sweep
 from kka_ray.cluster.session import nodes, session
-from kka_ray.cluster.streaming import Pools
+from kka_ray.cluster.streaming import Pools, Progress
 from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config, short
@@ -53,7 +53,7 @@ from kka_ray.experiment import (
 )
 from kka_ray.experiment import run as run_experiment
 from kka_ray.files import write_json, write_text
-from kka_ray.loop import Loop, LoopResult, Progress, budget
+from kka_ray.loop import Loop, LoopResult, budget
 from kka_ray.objective import Reference, make_reference, validation_auc
 from kka_ray.places import Place
 from kka_ray.prepare import Prepared, prepare

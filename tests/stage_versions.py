@@ -43,7 +43,7 @@ STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
     "drift": (drift.VERSION, ("describe/drift.py", "features/text.py")),
     "render": (
         renderer.VERSION,
-        ("render/renderer.py", "render/pipeline.py", "render/transformer.py", "render/masks.py"),
+        ("render/renderer.py", "render/pipeline.py", "render/transformer.py", "render/masks.py", "render/matching.py"),
     ),
     "judge": (judge.VERSION, ("confusion", "encoders", "features/robust.py")),
     "pairs": (pairs.VERSION, ("preference/pairs.py",)),

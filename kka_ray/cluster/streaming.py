@@ -44,8 +44,11 @@ NORMALS_ROUND = -1
 """What `Rendering.round` says of drawn normal captions, which belong to no round."""
 
 
-class _Progress(Protocol):
-    def __call__(self, stage: str, round: int, done: int, total: int) -> None: ...
+class Progress(Protocol):
+    """Hears of what a run does."""
+
+    def __call__(self, stage: str, round: int, done: int, total: int) -> None:
+        """`done` of `total` items of a stage are there."""
 
 
 @dataclass
@@ -210,7 +213,7 @@ class Streamer:
         number: int,
         seed: int,
         adapter: str | None,
-        progress: _Progress,
+        progress: Progress,
         written_all: Callable[[list[tuple[str, str]]], None],
     ) -> tuple[list[Description], Drawn]:
         """Writes the round's lines, judges their text in order, and draws those that may be drawn.

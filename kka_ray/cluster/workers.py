@@ -50,10 +50,9 @@ class SampleTask(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask(Task):
-    """Lines whose log-probabilities are wanted: a row is an id, a prompt and its completion."""
+    """Lines whose log-probabilities under the base model are wanted: a row is an id, a prompt and its completion."""
 
     rows: tuple[tuple[str, str, str], ...]
-    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,7 @@ class SamplerWorker:
 
     def _score(self, task: ScoreTask) -> tuple[list[list[float]], dict[str, int]]:
         """Natural-log probabilities of each row's tokens, none for the rows at fault; and what an API was asked."""
-        self._use(task.adapter)
+        self._use(None)
         good = [row for row in task.rows if row[0] not in task.failed]
         values = self.engine.log_probs([row[1] for row in good], [row[2] for row in good]) if good else []
         of = dict(zip([row[0] for row in good], values, strict=True))

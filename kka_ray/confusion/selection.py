@@ -32,7 +32,7 @@ class KeptImage:
     hardness: float = 0.0
 
 
-def zeroth(ids: Iterable[str], budget: int, seed: int, *, round: int = 0) -> list[KeptImage]:
+def zeroth(ids: Iterable[str], budget: int, seed: int) -> list[KeptImage]:
     """The zero-th set: `budget` images at random out of those drawn in round 0, all of them where there are fewer.
 
     No evaluator has a say in it. `ids` are the images that were drawn without error from descriptions that the text
@@ -42,7 +42,7 @@ def zeroth(ids: Iterable[str], budget: int, seed: int, *, round: int = 0) -> lis
     unique = _unique(ids)
     _check(budget)
     drawn = sorted(unique, key=lambda i: _lot(i, seed))[:budget]
-    return [KeptImage(i, round) for i in sorted(drawn)]
+    return [KeptImage(i, 0) for i in sorted(drawn)]
 
 
 def target_size(mode: Literal["rep", "add"], budget: int, rounds: int, round: int) -> int:

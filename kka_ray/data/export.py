@@ -31,6 +31,10 @@ _SUFFIXES = {
 }
 
 
+_NORMAL = "normal"
+_TEST_SHARE = 0.25
+
+
 @dataclass
 class Exported:
     """How many files were written."""
@@ -45,15 +49,13 @@ class Exported:
     training images that occur twice."""
 
 
-def export_folder(
-    parquet: Path, target: Path, *, normal: str = "normal", test_share: float = 0.25, seed: int = 0
-) -> Exported:
+def export_folder(parquet: Path, target: Path, *, seed: int = 0) -> Exported:
     """Writes the rows of a Parquet file, or of every Parquet file in a folder, as `target/train/good`,
     `target/test/good`, `target/test/DEFECT` and `target/ground_truth/DEFECT`.
 
-    Rows of the superclass `normal` are normal; the class names of the others name the defects. Columns: image,
+    Rows of the superclass "normal" are; the class names of the others name the defects. Columns: image,
     class_name, superclass, source, mask (PNG or null) and group. Groups stay together: of the groups with normal rows
-    only, the share `test_share` (0..1, at least one group) drawn from `seed` goes to `test/good` and the others to
+    only, a quarter (at least one group) drawn from `seed` goes to `test/good` and the others to
     `train/good`; a group with any defect goes to the test as a whole. Image files keep their bytes; a mask takes the
     name of its image and `_mask.png`. Nothing is left behind if the export fails.
 
@@ -61,15 +63,13 @@ def export_folder(
     there are fewer than two normal-only groups, a class name is no folder name, or `target` is not empty; ResourceError
     if it cannot be written.
     """
-    if not 0 < test_share < 1:
-        raise DataError(f"test_share must lie between 0 and 1, got {test_share}")
     with new_folder(target) as work:
         files = sorted(parquet.glob("*.parquet")) if parquet.is_dir() else [parquet]
         if not files:
             raise DataError(f"{parquet} holds no *.parquet file; name the file or the folder of the data set")
         rows = read_rows(files, _COLUMNS)
-        _check_names(rows, normal, parquet)
-        train_groups = _train_groups(rows, normal, test_share, seed, parquet)
+        _check_names(rows, parquet)
+        train_groups = _train_groups(rows, seed, parquet)
         # Training rows first, so that of a picture in both parts the training copy stays.
         order = sorted(range(len(rows)), key=lambda i: _group(rows[i], i) not in train_groups)
         done, seen = Exported(), set[str]()
@@ -81,7 +81,7 @@ def export_folder(
                 continue
             seen.add(digest)
             part = "train" if _group(rows[i], i) in train_groups else "test"
-            _write(rows[i], i, part, rows[i]["superclass"] == normal, image.shape[:2], work, done)
+            _write(rows[i], i, part, rows[i]["superclass"] == _NORMAL, image.shape[:2], work, done)
     return done
 
 
@@ -90,20 +90,20 @@ def _group(row: dict[str, Any], index: int) -> str:
     return f"row {index}" if row["group"] is None else f"group {row['group']}"
 
 
-def _train_groups(rows: Sequence[dict[str, Any]], normal: str, test_share: float, seed: int, parquet: Path) -> set[str]:
-    mixed = {_group(row, i) for i, row in enumerate(rows) if row["superclass"] != normal}
+def _train_groups(rows: Sequence[dict[str, Any]], seed: int, parquet: Path) -> set[str]:
+    mixed = {_group(row, i) for i, row in enumerate(rows) if row["superclass"] != _NORMAL}
     pure = {_group(row, i) for i, row in enumerate(rows)} - mixed
     if len(pure) < 2:
         raise DataError(
-            f"{parquet} has {amount(len(pure), 'group')} with rows of the superclass {normal!r} only; at least 2 are "
+            f"{parquet} has {amount(len(pure), 'group')} with rows of the superclass {_NORMAL!r} only; at least 2 are "
             "needed, one to train on and one to test on"
         )
-    tested = min(max(1, round(test_share * len(pure))), len(pure) - 1)
+    tested = min(max(1, round(_TEST_SHARE * len(pure))), len(pure) - 1)
     return pure - draw_groups(pure, tested, seed, "export test")
 
 
-def _check_names(rows: Iterable[dict[str, Any]], normal: str, parquet: Path) -> None:
-    for name in sorted({str(row["class_name"]) for row in rows if row["superclass"] != normal}):
+def _check_names(rows: Iterable[dict[str, Any]], parquet: Path) -> None:
+    for name in sorted({str(row["class_name"]) for row in rows if row["superclass"] != _NORMAL}):
         if name in ("", ".", "..", "good") or any(c in name for c in "/\\\0"):
             raise DataError(f"{parquet}: the class name {name!r} cannot name a folder of defects; rename the class")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
@@ -417,8 +417,3 @@ def make_renderer_data(count: int, seed: int, shard: int = 0) -> list[DrawnFlowe
                 drawn = replace(drawn, caption=brief_caption(flower, rng))
             out.append(drawn)
     return out
-
-
-def attribute_names() -> tuple[str, ...]:
-    """The species attributes' names, in the order of `Flower`'s fields."""
-    return tuple(f.name for f in fields(Flower))
