@@ -175,7 +175,8 @@ def detectors(result: Mapping[str, Any]) -> str:
         counts = sorted({r["count"] for r in own if r["count"]})
         given = f", {' or '.join(str(c) for c in counts)} anomalies" if counts else ""
         parts.append(f"### {data}\n\n{seeds} seeds{given}.\n\n{_table(table)}")
-    return "\n".join(parts) + _against_knn(rows) + _at_32px(rows, result.get("at_32px", {})) + _not_measured(rows)
+    said = (_against_knn(rows), _at_32px(rows, result.get("at_32px", {})), _earlier(rows), _not_measured(rows))
+    return "\n".join(parts) + "".join(said)
 
 
 def _against_knn(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -190,6 +191,12 @@ def _against_knn(rows: Sequence[Mapping[str, Any]]) -> str:
         if {(data, "simplenet"), (data, "knn")} <= auc.keys()
     ]
     return f"\nSimpleNet less k-NN, fitted to normals only: {', '.join(better)}.\n" if better else ""
+
+
+def _earlier(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Detectors with rows that the present version of the detectors did not make."""
+    old = [f"`{name}`" for name in _distinct([r for r in rows if r["version"] != tuned.VERSION], "detector")]
+    return f"\nBy an earlier version of the detectors (`version` in the JSON): {', '.join(old)}.\n" if old else ""
 
 
 def _not_measured(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -289,7 +296,8 @@ def renderer(result: Mapping[str, Any]) -> str:
             continue
         spread = f" ± {result[f'{name}_std']:.4f}" if f"{name}_std" in result else ""
         rows.append([words, f"{result[name]:.4f}{spread}", wanted])
-    old = _outdated(result["made_with"], _shipped()) if "made_with" in result else ""
+    noted = "made_with" in result
+    old = _outdated(result["made_with"], _shipped()) if noted else "\nMeasured before versions were noted with it.\n"
     of_fidelity = f" (fidelity: {result['fidelity_seeds']})" if "fidelity_seeds" in result else ""
     return (
         f"`{result['renderer']}`, {result['steps']} steps, guidance {result['guidance']}, {result['seeds']} seeds"

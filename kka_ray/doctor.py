@@ -151,8 +151,11 @@ def _builtin_models() -> Iterator[Finding]:
 
 
 def _restore(shipped: Path) -> str:
-    """The command that brings back weights which lie in the repository."""
-    return f"git -C {shlex.quote(str(Path(__file__).parent))} checkout -- {shlex.quote(str(shipped))}"
+    """The command that brings back weights which lie in the repository, or in the installed package."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return "pip install --force-reinstall --no-deps PATH, of the repository"
+    return f"git -C {shlex.quote(str(package))} checkout -- {shlex.quote(str(shipped))}"
 
 
 def _mark_problem(folder: Path, wheel: assets.Wheel) -> str:

@@ -32,12 +32,20 @@ def example(name: str) -> ModuleType:
     return load_script(ROOT / "examples" / f"{name}.py")
 
 
+def _anchors(text: str) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_and_files_are_there(page: Path) -> None:
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?", text):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            file = page.parent / target if target else page
+            assert file.exists(), target
+            assert not anchor or anchor in _anchors(file.read_text()), f"{target}#{anchor}"
     for file in re.findall(r"\b(?:configs|tune_configs)/[\w./-]+\.yaml", text):
         assert "NAME" in file or (ROOT / file).is_file(), file
 

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from kka_ray.detectors.tuned import VERSION
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,13 @@ def test_the_tables_of_the_results_are_those_of_the_measurements() -> None:
 
 def _row(detector: str, auc: float, source: str = "none", seed: int = 0) -> dict[str, object]:
     row = {"data": "cifar100_furniture", "detector": detector, "source": source, "count": 0, "seed": seed}
-    return {**row, "auc": auc, "fit_seconds": 1.0, "ms_per_image": 1.0}
+    return {**row, "auc": auc, "fit_seconds": 1.0, "ms_per_image": 1.0, "version": VERSION}
+
+
+def test_detectors_of_an_earlier_version_are_named(tables: ModuleType) -> None:
+    rows = [_row("knn", 0.9), _row("head", 0.9) | {"version": VERSION - 1}]
+    assert "earlier version of the detectors (`version` in the JSON): `head`.\n" in tables.detectors({"rows": rows})
+    assert "earlier version" not in tables.detectors({"rows": rows[:1]})
 
 
 def test_the_distance_of_simplenet_at_32_px_from_the_paper_is_computed(tables: ModuleType) -> None:
@@ -63,7 +70,9 @@ def test_spreads_of_the_renderer_are_shown_where_they_were_measured(tables: Modu
     assert "5 seeds (fidelity: 3)" in text
     assert "top-1 | 0.2500 ± 0.0123 |" in text
     assert "| 0.6000 ± 0.1000 |" in text
-    assert "Measured with earlier" not in text
+    assert "\nMeasured before versions were noted with it.\n" in text
+    now = {"made_with": {"renderer": next(iter(tables._shipped())), "detectors": tables.tuned.VERSION}}
+    assert "\nMeasured" not in tables.renderer(result | now)
     old = {"made_with": {"renderer": "before", "detectors": tables.tuned.VERSION}}
     assert "\nMeasured with earlier weights of the renderer.\n" in tables.renderer(result | old)
 

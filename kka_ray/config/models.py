@@ -630,7 +630,7 @@ class DetectConfig(Strict):
         None, description="folder of other images, as files or train-*.parquet, for the control outside"
     )
     weights: AnomalyWeights = AnomalyWeights()
-    drawn_normals: bool = Field(False, description="train with the drawn normal captions as normals")
+    drawn_normals: bool = Field(False, description="train with every other drawn normal as a normal")
     views: int = Field(
         0,
         ge=0,

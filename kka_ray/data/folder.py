@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from kka_ray.data.splits import MIN_VALIDATION, draw_groups, drop_seen, split_by
 from kka_ray.errors import DataError
 from kka_ray.memory import usable_memory
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 """Of images in the formats that are read."""
 
@@ -32,6 +35,9 @@ _FOREIGN = frozenset(
 and hidden files, are not taken for images."""
 
 _IMAGES = SUFFIXES | _FOREIGN
+
+_DARK = 32
+"""Of 255: less is what an eighth of the range or less is used of, as where 12 bits were taken for 16."""
 
 GOOD = "good"
 
@@ -108,6 +114,7 @@ class FolderModule(DataModule):
         loaded = self._load(files)
         self._note(loaded.skipped)
         self._refuse_if_none(loaded, folder)
+        self._warn_if_dark(loaded, folder)
         images = self._image_set(loaded, [GOOD] * len(loaded.files), captions_required=True)
         groups = self._groups(images.ids)
         if groups is None:
@@ -223,6 +230,15 @@ class FolderModule(DataModule):
 
     def _note(self, skipped: Sequence[tuple[str, str]]) -> None:
         self.skipped += [entry for entry in skipped if entry not in self.skipped]
+
+    def _warn_if_dark(self, loaded: _Loaded, folder: Path) -> None:
+        brightest = max(int(image.max()) for image in loaded.images)
+        if brightest < _DARK:
+            log.warning(
+                "%s: no pixel of the %d normal images is brighter than %d of 255, so they hardly differ. If they have "
+                "12 bits in files of 16, multiply their values by 16 first",
+                *(folder, len(loaded.images), brightest),
+            )
 
     def _refuse_if_none(self, loaded: _Loaded, folder: Path) -> None:
         if not loaded.files:

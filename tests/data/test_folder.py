@@ -2,7 +2,9 @@ import os
 import struct
 import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kka_ray.config.models import FolderData
 from kka_ray.data import open_data
@@ -342,6 +344,15 @@ def test_of_objects_with_few_images_as_many_validate_as_it_takes(tmp_path, write
         assert len(normals.validation) == 2
     with pytest.raises(DataError, match=r"data\.group: 'p\(art\)' finds 'art' in all 12 names"):
         open_data(config(tmp_path, group="p(art)"), 0).normals()
+
+
+@pytest.mark.parametrize(("bits", "warned"), [(12, True), (16, False)])
+def test_images_that_use_a_small_part_of_the_range_are_warned_of(tmp_path, caplog, bits, warned):
+    for number in range(12):
+        grey = np.random.default_rng(number).integers(0, 2**bits, (20, 20)).astype(np.uint16)
+        Image.fromarray(grey).save(tmp_path / f"{number}.png")
+    open_data(config(tmp_path), 0).normals()
+    assert ("12 bits in files of 16" in caplog.text) == warned
 
 
 def test_names_that_are_no_utf_8_are_escaped(mvtec):

@@ -1,4 +1,4 @@
-"""The CIFAR-100 furniture protocol with real anomalies: figures that the documentation gives."""
+"""The CIFAR-100 furniture protocol with real anomalies: figures measured when the detectors were written."""
 
 import io
 import os
