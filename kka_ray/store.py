@@ -11,6 +11,7 @@ the earlier.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -323,7 +324,7 @@ class Store:
         """(stage, key) of everything with a marker; reads none of them."""
         root = self.path()
         if self.is_local:
-            paths = [file.as_posix() for file in Path(root).glob(f"*/*/{_MARKER}")]
+            paths = self.filesystem.glob(f"{glob.escape(root)}/*/*/{_MARKER}")
         else:
             # One listing of everything: a pattern would ask a storage for each folder by itself.
             paths = [path for path in self.filesystem.find(root) if path.endswith(f"/{_MARKER}")]

@@ -180,6 +180,8 @@ def test_a_run_is_named_by_what_was_written_wherever_it_is_started(
     config = run_config(data={"kind": "cifar100", "path": "cifar100"})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar100").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "cifar100" / f"{split}-0.parquet").touch()
     seen: list[str] = []
 
     class Stop(Exception):

@@ -447,6 +447,8 @@ def test_trials_keep_what_they_make_in_the_drivers_folders(
     monkeypatch.setattr(sweep.tracking, "start_run", lambda *_, **__: "run")
     monkeypatch.setattr(sweep.tracking, "end_run", lambda *_, **__: None)
     (tmp_path / "cifar100").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "cifar100" / f"{split}-0.parquet").touch()
     here = {"data": Cifar100Data(kind="cifar100", path="cifar100"), "output": "out"}
     ours = tuple(replace(t, config=t.config.model_copy(update=here)) for t in small.trials)
     config = small.config.model_copy(update={"champion_evaluation": False})

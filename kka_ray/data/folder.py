@@ -99,10 +99,11 @@ class FolderModule(DataModule):
 
     def look(self) -> None:
         """See `DataModule.look`: of the names of images, the captions and the group."""
-        files = self._normal_files()
+        files = [file for file in self._normal_files() if file.suffix.lower() in SUFFIXES]  # others are not read
         if self.config.captions is not None:
             self._captions(files, [GOOD] * len(files), required=True)
-        self._groups([self._name(file) for file in files])
+        if files:
+            self._groups([self._name(file) for file in files])
 
     def count(self) -> int:
         """How many files are named like normal images. Raises DataError if none is."""

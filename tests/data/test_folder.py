@@ -346,6 +346,21 @@ def test_of_objects_with_few_images_as_many_validate_as_it_takes(tmp_path, write
         open_data(config(tmp_path, group="p(art)"), 0).normals()
 
 
+def test_an_image_that_is_not_read_needs_no_caption(tmp_path, write_images):
+    write_images(tmp_path, 12)
+    (tmp_path / "x.heic").touch()
+    write_csv(tmp_path, [f"{number:03d}.png,a screw" for number in range(12)], "file,caption")
+    data = open_data(config(tmp_path, captions="captions.csv"), 0)
+    data.look()
+    assert data.normals().dropped["unreadable"] == 1
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    foreign = open_data(config(tmp_path, group=r"(\d+)"), 0)
+    foreign.look()
+    with pytest.raises(DataError, match="of 1 image none can be used"):
+        foreign.normals()
+
+
 @pytest.mark.parametrize(("bits", "warned"), [(12, True), (16, False)])
 def test_images_that_use_a_small_part_of_the_range_are_warned_of(tmp_path, caplog, bits, warned):
     for number in range(12):
