@@ -47,7 +47,7 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
         _apply(values, override)
     if overrides:
         _give_texts_back(values, model, overrides)
-    return _check(values, model, str(path), written=read(Path(path)))
+    return _check(values, model, str(path), file=Path(path))
 
 
 def parse(values: Mapping[str, Any], model: type[Model], source: str) -> Model:
@@ -143,16 +143,15 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-def _check(
-    values: Mapping[str, Any], model: type[Model], source: str, written: Mapping[str, Any] | None = None
-) -> Model:
-    """`written`: the values of a file before those given with `-o`, which may give a missing one as well."""
+def _check(values: Mapping[str, Any], model: type[Model], source: str, file: Path | None = None) -> Model:
+    """`file`: where the values were before some were given with `-o`, which may give a missing one as well."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(e, model, written is not None) for e in error.errors()]
-        faults = [_Place.of(model, e["loc"]).keys for e in error.errors()]
-        lines += _of_another_kind(faults, written, values)
+        lines = [_explain(e, model, file is not None) for e in error.errors()]
+        if file is not None:
+            faults = [_Place.of(model, e["loc"]).keys for e in error.errors()]
+            lines += _of_another_kind(faults, read(file), values)
         raise ConfigError(f"{source} is not a valid {model.__name__}:\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 

@@ -116,16 +116,16 @@ class Renderer:
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device is lost to this process, for every text
             scarce = _is_out_of_memory(error)
-            if scarce and len(texts) == 1:
-                raise ResourceError(f"not enough memory on {self._device} to draw a picture ({error})") from error
+            if len(texts) == 1:
+                if scarce:
+                    raise ResourceError(f"not enough memory on {self._device} to draw a picture ({error})") from error
+                return [DrawError(f"{type(error).__name__}: {error}")]
             if scarce:
                 log.warning(
                     "not enough memory on %s to draw %d pictures at once (%s): half of them at a time; lower "
                     "render.chunk = %d to spare the trial",
                     *(self._device, len(texts), error, self.config.chunk),
                 )
-            elif len(texts) == 1:
-                return [DrawError(f"{type(error).__name__}: {error}")]
         middle = len(texts) // 2
         halves = [slice(0, middle), slice(middle, None)]
         return [
