@@ -17,7 +17,7 @@ from kka_ray.config import config_hash
 from kka_ray.config.models import RunConfig
 from kka_ray.detectors import tuned
 from kka_ray.errors import ConfigError
-from kka_ray.evaluation import spread, takes
+from kka_ray.evaluation import VIEWED, spread, takes
 from kka_ray.experiment import run
 from kka_ray.files import write_json
 
@@ -26,6 +26,7 @@ Read = Callable[[dict[str, Any]], float]
 _ROUNDING = 1e-9
 _CONTROLS = ("noise", "cutpaste")
 """Sets without a language model that KKA's is held against."""
+_NEEDED = (*_CONTROLS, VIEWED)
 _OF_HEADLINE = "a detect.headline that learns from anomalies and can do without them, as simplenet (it is {})"
 
 
@@ -98,7 +99,7 @@ def _check(config: RunConfig) -> None:
     lacking = [
         *([] if config.data.kind == "flowers" else ["data.kind: flowers, whose truth is known"]),
         *([] if any(d.kind == "knn" for d in detect.detectors) else ["knn among detect.detectors"]),
-        *(f"{control} among detect.controls" for control in _CONTROLS if control not in detect.controls),
+        *(f"{control} among detect.controls" for control in _NEEDED if control not in detect.controls),
         *([] if _fits_all(config) else [_OF_HEADLINE.format(detect.headline)]),
     ]
     if lacking:
@@ -207,6 +208,7 @@ CHECKS = (
     Check("KKA minus zero-th", lambda s: _auc(s, "kka") - _auc(s, "zeroth"), low=0, strict=True),
     Check("KKA minus the better without anomalies", lambda s: _auc(s, "kka") - _best_without(s), low=0.05),
     Check("KKA minus the better of noise and CutPaste", lambda s: _auc(s, "kka") - _control(s), low=0, strict=True),
+    Check("KKA minus normals and their views", lambda s: _auc(s, "kka") - _auc(s, VIEWED), low=0, strict=True),
     Check("kept share of the normals", lambda s: s["generated_fraction"], high=0.05),
     Check("hard rate in round 0", lambda s: s["rounds"][0]["hard_rate"], low=0.15, high=0.4),
     Check(

@@ -40,6 +40,8 @@ from kka_ray.records import Verdict
 from kka_ray.store import Output, Store, stage_key
 
 BASELINE, ZEROTH, KKA = "baseline", "zeroth", "kka"
+VIEWED = "normal_views"
+"""The control without anomalies: normals and the views of them that go with the anomalies of other arms."""
 
 TRAINED, UNSEEN = slice(0, None, 2), slice(1, None, 2)
 """Of the drawn normals: those that train detectors where `detect.drawn_normals` asks, and those that never do."""
@@ -126,7 +128,7 @@ def evaluate(
     `ahead` gives the job of the fits, if it was started before and is needed.
     """
     arms = _arms(config, store, prepared, loop)
-    wanted = sum(takes(d, a.name != BASELINE) for d in config.detect.detectors for a in arms) * config.detect.seeds
+    wanted = sum(_takes_arm(d, a) for d in config.detect.detectors for a in arms) * config.detect.seeds
     progress("detect", -1, 0, wanted)
     fits = _fit_all(config, store, prepared, loop, arms, lambda done: progress("detect", -1, done, wanted), ahead)
     progress("detect", -1, wanted, wanted)
@@ -190,7 +192,9 @@ def _arms(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult)
         if ids:
             arms.append(_drawn_arm(config, store, prepared, loop, name, ids))
     for kind in config.detect.controls if kept else ():
-        if kind != "drawn_normals":
+        if kind == VIEWED:
+            arms.append(Arm(VIEWED, 0, None))
+        elif kind != "drawn_normals":
             images = _control_images(config, prepared, kind, len(kept))
             arms.append(_arm(config, store, prepared, kind, images, _extracted(store, prepared, bare(images))))
         elif loop.normals.ids:
@@ -258,6 +262,12 @@ def takes(config: Detector, anomalies: bool) -> bool:
     return not detector.ignores_anomalies if anomalies else not detector.needs_anomalies
 
 
+def _takes_arm(config: Detector, arm: Arm) -> bool:
+    if arm.name == VIEWED:  # which those alone read that learn from anomalies
+        return takes(config, True) and takes(config, False)
+    return takes(config, arm.features is not None)
+
+
 def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:
     """Keys of the features of the training normals, for arms with real and for arms with drawn anomalies."""
     real = _extracted(store, prepared, prepared.normals.train)
@@ -303,7 +313,7 @@ def _fit_all(
     missing: dict[str, dict[str, Any]] = {}
     for detector in config.detect.detectors:
         for arm in arms:
-            if not takes(detector, arm.name != BASELINE):
+            if not _takes_arm(detector, arm):
                 continue
             train_key = drawn_key if arm.name in (ZEROTH, KKA) else real_key
             for seed in range(config.detect.seeds):
@@ -312,7 +322,7 @@ def _fit_all(
                     "train": train_key,
                     "validation": validation_key,
                     "anomalies": arm.features,
-                    "views": [normals_key, arm.views] if arm.views else None,
+                    "views": [normals_key, arm.views] if arm.views or arm.name == VIEWED else None,
                     "weights": arm.weights,
                     "seed": config.seed * 1000 + seed,
                     "false_positive_rate": config.detect.false_positive_rate,

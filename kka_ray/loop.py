@@ -21,7 +21,7 @@ from kka_ray import assets, versions
 from kka_ray.amounts import amount
 from kka_ray.cluster import train
 from kka_ray.cluster.fits import fit_worker
-from kka_ray.cluster.streaming import Drawn, Pools, Progress, Streamer
+from kka_ray.cluster.streaming import EDITED, Drawn, Pools, Progress, Streamer
 from kka_ray.config.models import ApiSampler, ConfusionConfig, LoopConfig, RunConfig, share_of
 from kka_ray.confusion import judge as judging
 from kka_ray.confusion import selection
@@ -307,6 +307,8 @@ class Loop:
         parts = [d.features for d in drawn if len(d.ids)]
         features = Features.join(parts) if parts else prepared.train.take([])
         train = judging.rows(confusion, prepared.train)
+        if self.config.render.mode == "img2img":
+            train = np.delete(train, EDITED, axis=0)
         validation = judging.rows(confusion, prepared.validation)
         if confusion.drawn_normals and len(result.normals.ids) >= 4:
             own = judging.rows(confusion, result.normals.features)

@@ -70,9 +70,7 @@ def needs_patches(config: RunConfig) -> bool:
 
 def extract(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Features:
     """Features of a set of images, computed once a content and backbone."""
-    features = read_features(extract_output(store, backbone, images, patches), patches=patches)
-    assert features is not None
-    return features
+    return read_features(extract_output(store, backbone, images, patches), patches=patches)
 
 
 def extract_output(store: Store, backbone: Backbone, images: ImageSet, patches: bool) -> Output:

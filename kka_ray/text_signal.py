@@ -40,16 +40,20 @@ def measure(result: LoopResult, encoder: TextEncoder, rejected: Collection[str])
 def told(embedded: np.ndarray, hardness: np.ndarray, hard: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     """How well linear models tell from N embeddings (N, D) how hard an image is, on lines that they were not fitted to.
 
-    `spearman`: rank correlation of `hardness` (N,) with what ridge regression predicts. `hard_auc`: of the probability
-    that a logistic regression gives to being one of `hard` (N,), bool, and not of `others` (N,), bool; 0.5 where
-    nothing can be told. None where there are too few lines, or none but one value.
+    `spearman`: rank correlation of `hardness` (N,) with what ridge regression predicts, within each fold and on average
+    over them: from fold to fold a prediction falls as the hardness held out rises, for it lacks in the mean. 0 where
+    nothing can be told. `hard_auc`: of the probability that a logistic regression gives to being one of `hard` (N,),
+    bool, and not of `others` (N,), bool; 0.5 where nothing can be told. None where there are too few lines, or none but
+    one value.
     """
     out: dict[str, Any] = {"lines": len(hardness), "spearman": None, "hard_auc": None}
     if len(hardness) >= LEAST and np.ptp(hardness) > 0:
         folds = KFold(FOLDS, shuffle=True, random_state=0)
         found = cross_val_predict(RidgeCV(np.logspace(-2, 3, 11)), embedded, hardness, cv=folds)
-        statistic = float(spearmanr(hardness, found).statistic)
-        out["spearman"] = statistic if np.isfinite(statistic) else None
+        tested = [rows for _, rows in folds.split(embedded)]
+        pairs = [(hardness[rows], found[rows]) for rows in tested]
+        within = [spearmanr(*pair).statistic for pair in pairs if all(np.ptp(values) > 0 for values in pair)]
+        out["spearman"] = float(np.mean(within)) if within else None
     if min(hard.sum(), others.sum()) >= LEAST:
         rows = hard | others
         strata = StratifiedKFold(FOLDS, shuffle=True, random_state=0)

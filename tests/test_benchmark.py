@@ -10,7 +10,8 @@ from kka_ray.errors import ConfigError
 
 
 def summary(kka: float = 0.97, hard: tuple[float, float] = (0.2, 0.4)) -> dict:
-    arms = {a: {"mean": v} for a, v in (("baseline", 0.9), ("zeroth", 0.93), ("kka", kka), ("noise", 0.91))}
+    means = {"baseline": 0.9, "zeroth": 0.93, "kka": kka, "noise": 0.91, "normal_views": 0.905}
+    arms = {arm: {"mean": mean} for arm, mean in means.items()}
     return {
         "detector": "simplenet",
         "versions": {},
@@ -83,6 +84,6 @@ def test_a_headline_that_lacks_an_arm_is_refused_before_the_first_run(tmp_path: 
 def test_a_configuration_without_what_is_checked_is_refused_before_the_first_run(tmp_path: Path) -> None:
     values = {"name": "x", "data": {"kind": "cifar100", "path": "cifar100"}, "detect": {"controls": ["noise"]}}
     config = RunConfig.model_validate(values)
-    with pytest.raises(ConfigError, match=r"data.kind: flowers.*; cutpaste among detect.controls"):
+    with pytest.raises(ConfigError, match=r"data.kind: flowers.*; cutpaste among detect.controls; normal_views among"):
         demo(config, 1, tmp_path / "demo.json", pytest.fail, pytest.fail, verbose=False)
     assert list(tmp_path.iterdir()) == []

@@ -237,3 +237,17 @@ def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: 
     keys = [stage_key("fit", FIT_VERSION, fit["inputs"]) for fit in asked]
     assert sorted(keys) == sorted(set(fits.values()))
     assert len(keys) == len(fits) - 2
+
+    # The views of normals alone are a control, of those detectors that read them beside anomalies.
+    asked.clear()
+    detect = {"detectors": [{"kind": "deep_sad"}, {"kind": "knn"}, {"kind": "fused"}], "headline": "deep_sad"}
+    detect |= {"seeds": 1, "views": 2, "controls": ["normal_views"]}
+    viewed = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "detect": detect})
+    arms = evaluation._arms(viewed, store, prepared, loop)  # type: ignore[arg-type]
+    assert [(arm.name, arm.count) for arm in arms][-1] == ("normal_views", 0)
+    fits = evaluation._fit_all(viewed, store, prepared, loop, arms, lambda done: None)  # type: ignore[arg-type]
+    assert [detector for detector, arm, _ in fits if arm == "normal_views"] == ["deep_sad"]
+    (alone_with_views,) = [fit for fit in asked if fit["anomalies"] is None and fit["views"]]
+    of_normals, of_anomalies = alone_with_views["views"]
+    assert len(held(of_normals)) == 2 * 3
+    assert of_anomalies is None

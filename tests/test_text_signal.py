@@ -27,6 +27,12 @@ def test_hardness_that_follows_the_text_is_told_and_chance_is_not() -> None:
     assert text_signal.told(TEXTS, follows, follows > 0.5, follows <= 0.5) == found
 
 
+def test_chance_is_told_as_none_on_average() -> None:
+    rng, no = np.random.default_rng(1), np.zeros(50, bool)
+    found = [text_signal.told(TEXTS[:50], rng.normal(size=50), no, no)["spearman"] for _ in range(40)]
+    assert abs(np.mean(found)) < 0.1, "predictions over all folds give -0.3"
+
+
 def test_a_band_amid_what_is_told_is_not_told_itself_but_against_one_side_it_is() -> None:
     hardness = TEXTS[:, 0] + RNG.normal(size=400)
     band = np.abs(hardness) < 0.8

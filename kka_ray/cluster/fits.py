@@ -114,7 +114,8 @@ class Fitter:
         known, anomalies = self._read_once(fit["train"]), self._features(fit["anomalies"])
         if fit["views"]:
             of_normals, of_anomalies = (self._features(key) for key in fit["views"])
-            known, anomalies = replace(known, views=of_normals), replace(anomalies, views=of_anomalies)
+            known = replace(known, views=of_normals)
+            anomalies = replace(anomalies, views=of_anomalies) if anomalies is not None else None
         if fit["weights"]:
             anomalies = replace(anomalies, weights=np.array(fit["weights"], np.float32))
         validation = self._read_once(self._arguments["validation"])

@@ -44,6 +44,11 @@ NORMALS_ROUND = -1
 """What `Rendering.round` says of drawn normal captions, which belong to no round."""
 
 
+EDITED = slice(0, None, 4)
+"""Of the training normals: those that are edited with `render.mode: img2img`. Evaluators do not learn from these, whose
+edits they would otherwise find nearer to normal than those of any other photograph."""
+
+
 class Progress(Protocol):
     """Hears of what a run does."""
 
@@ -236,7 +241,7 @@ class Streamer:
             for pool, i, key in self._turn_by_turn(lambda: written_all(drawn.raw)):
                 if pool is self._renderers:
                     del self._unread[i]
-                    images = self._read_images(key)
+                    images = self._read_images(*key)
                     if i < 0:
                         normals[-1 - i] = images
                         continue
@@ -299,7 +304,7 @@ class Streamer:
         self._failures: set[str] = set()
         """Keys of the rendered chunks with failed rows."""
 
-    def _read_images(self, key: str) -> Drawn:
+    def _read_images(self, key: str, of_features: str | None) -> Drawn:
         """What a chunk drew; its failed rows count against the budget."""
         output = self.store.reported("render", key)
         renderings = from_table(Rendering, output.table())
@@ -308,14 +313,15 @@ class Streamer:
                 self._failures.add(key)
                 self._lost_images.add([row.id], row.error)
         good = [row for row in renderings if row.status == "ok"]
-        features = read_features(output, patches=self.prepared.patches)
+        extracted = self.store.reported("features", of_features) if of_features else None
+        patches = self.prepared.patches
         match = self.config.render.match
         return Drawn(
             renderings,
             [row.id for row in good],
-            features if features is not None else self.prepared.train.take([]),
+            read_features(extracted, patches=patches) if extracted else self.prepared.train.take([]),
             mismatched={row.id for row in good if match and row.match is not None and row.match < match.least},
-            seconds={"render": output.seconds},
+            seconds={"render": output.seconds + (extracted.seconds if extracted else 0.0)},
         )
 
     def _forget_failures(self) -> None:
@@ -403,20 +409,24 @@ class Streamer:
         normals, edited = None, None
         if config.render.mode == "img2img":
             train = self.prepared.normals.train
-            picks = [seed % len(train) for _, _, seed in seeded]
+            edited_rows = range(len(train))[EDITED]
+            picks = [edited_rows[seed % len(edited_rows)] for _, _, seed in seeded]
             normals = tuple(train.images[i] for i in picks)
             edited = [content_hash(image) for image in normals]
+        computing = {
+            "threads": config.cluster.renderers.threads,
+            "device": computes_on(config.cluster.renderers, config.cluster),
+            "versions": versions.computing(config.cluster.renderers.runtime_env.pip),
+        }
         inputs = {
             "rows": [list(row) for row in seeded],
             "normals": edited,
             "model": self.renderer_identity,
             "config": render_config(config),
-            "threads": config.cluster.renderers.threads,
-            "device": computes_on(config.cluster.renderers, config.cluster),
-            "features": feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches),
-            "versions": versions.computing(config.cluster.renderers.runtime_env.pip),
+            **computing,
         }
-        return RenderTask(rows=tuple(seeded), round=number, normals=normals, inputs=inputs)
+        features = feature_inputs(config.backbone, self.prepared.backbone.identity, self.prepared.patches) | computing
+        return RenderTask(rows=tuple(seeded), round=number, normals=normals, inputs=inputs, features=features)
 
     def _join(self, parts: dict[int, Drawn], drawn: Drawn) -> None:
         """Adds the chunks' images in their order."""
@@ -451,7 +461,8 @@ def sample_config(config: RunConfig) -> dict[str, Any]:
 
 def render_config(config: RunConfig) -> dict[str, Any]:
     """What drawn images depend on."""
-    return config.render.model_dump(mode="json", exclude={"chunk", "normals"})
+    unused = set() if config.render.mode == "img2img" else {"strength"}
+    return config.render.model_dump(mode="json", exclude={"chunk", "normals", *unused})
 
 
 def image_seed(seed: int, id_: str) -> int:

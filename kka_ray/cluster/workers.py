@@ -20,8 +20,8 @@ from kka_ray.cluster.pool import Task
 from kka_ray.config.models import BackboneConfig, DescribeConfig, PoolConfig, RenderConfig, RuntimeEnv
 from kka_ray.describe.sampler import mixed, model_identity
 from kka_ray.errors import StageError
-from kka_ray.records import Rendering, to_table
-from kka_ray.store import Attempt, Store
+from kka_ray.records import Rendering, from_table, to_table
+from kka_ray.store import Attempt, Output, Store
 
 if TYPE_CHECKING:
     from kka_ray.describe.sampler import Sampler
@@ -63,6 +63,8 @@ class RenderTask(Task):
     round: int
     normals: tuple[Any, ...] | None
     inputs: dict[str, Any]
+    features: dict[str, Any]
+    """What the key of the features is made of beside the images."""
 
     def part(self, start: int, stop: int) -> Self:
         normals = self.normals[start:stop] if self.normals is not None else None
@@ -152,7 +154,8 @@ class SamplerWorker:
 class RenderWorker:
     """Draws descriptions and extracts the features of what it drew.
 
-    Its result is the key of an output of stage `render`: a table of `Rendering` and the features of those drawn.
+    Its result are the keys of two outputs: of stage `render`, a table of `Rendering`, and of stage `features`, those of
+    the images drawn, or None where none was. So other detectors or another backbone need no image drawn anew.
     """
 
     renderer: Renderer
@@ -178,13 +181,14 @@ class RenderWorker:
         self.backbone = Backbone.load(self.backbone_config, self.device)
         self.matcher = Matcher.load(self.config.pipeline, self.device) if self.config.match else None
 
-    def work(self, task: RenderTask) -> str:
-        """Makes a chunk, unless it is in the store."""
+    def work(self, task: RenderTask) -> tuple[str, str | None]:
+        """Makes a chunk and its features, unless they are in the store."""
         from kka_ray.render.renderer import VERSION
 
         check_identity("the renderer", self.model, task.inputs["model"])
-        check_identity("the backbone", self.backbone.identity, task.inputs["features"]["backbone"])
-        return self.store.get_or_make("render", VERSION, _inputs(task), lambda a: self._make(task, a)).key
+        check_identity("the backbone", self.backbone.identity, task.features["backbone"])
+        drawn = self.store.get_or_make("render", VERSION, _inputs(task), lambda a: self._make(task, a))
+        return drawn.key, self._features(drawn, task)
 
     def probe(self, task: RenderTask) -> None:
         """Does the work of a part and keeps nothing."""
@@ -216,23 +220,34 @@ class RenderWorker:
         import numpy as np
 
         from kka_ray.data.decode import encode_png
-        from kka_ray.features.cache import write_features
 
         drawn = self._draw(task)
         records = []
-        images = []
         for id_, drawing in drawn.items():
             image, seed = drawing.image, drawing.seed
             if isinstance(image, np.ndarray):
-                images.append(image)
                 png = encode_png(image)
                 digest = hashlib.sha256(png).hexdigest()
                 records.append(Rendering(id_, task.round, seed, "ok", png, digest, match=drawing.match))
             else:
                 records.append(Rendering(id_, task.round, seed, "failed", b"", "", image.reason))
         attempt.table(to_table(Rendering, records))
-        if images:
+
+    def _features(self, output: Output, task: RenderTask) -> str | None:
+        from kka_ray.data.decode import decode
+        from kka_ray.features.cache import write_features
+        from kka_ray.prepare import FEATURES_VERSION
+
+        drawn = [row for row in from_table(Rendering, output.table()) if row.status == "ok"]
+        if not drawn:
+            return None
+
+        def make(attempt: Attempt) -> None:
+            images = [decode(row.image, row.id) for row in drawn]
             write_features(attempt, self.backbone.extract(images, self.patches))
+
+        inputs = task.features | {"drawn": [row.image_sha256 for row in drawn]}
+        return self.store.get_or_make("features", FEATURES_VERSION, inputs, make).key
 
 
 def _inputs(task: SampleTask | RenderTask) -> dict[str, Any]:

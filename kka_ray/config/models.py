@@ -604,9 +604,19 @@ class AnomalyWeights(Strict):
 
 
 Control = Literal[
-    "noise", "cutpaste", "blur", "patch_shuffle", "patch_swap", "mixup", "perlin", "genias", "outside", "drawn_normals"
+    "noise",
+    "cutpaste",
+    "blur",
+    "patch_shuffle",
+    "patch_swap",
+    "mixup",
+    "perlin",
+    "genias",
+    "outside",
+    "drawn_normals",
+    "normal_views",
 ]
-"""An anomaly set without a language model."""
+"""An anomaly set without a language model, or none with what else a detector gets beside one."""
 
 
 class DetectConfig(Strict):
@@ -624,7 +634,7 @@ class DetectConfig(Strict):
     controls: tuple[Control, ...] = Field(
         ("noise", "cutpaste", "drawn_normals"),
         description="anomaly sets without a language model, for comparison: as many images as the kept set has, or all "
-        "drawn normals where they are fewer",
+        "drawn normals where they are fewer; normal_views: none, but the views of normals that go with them",
     )
     outside: str | None = Field(
         None, description="folder of other images, as files or train-*.parquet, for the control outside"
@@ -649,6 +659,12 @@ class DetectConfig(Strict):
             raise ValueError(f"headline {self.headline!r} is not among the detectors: {', '.join(kinds)}")
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"each kind of detector may appear once, got {', '.join(kinds)}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_views(self) -> DetectConfig:
+        if "normal_views" in self.controls and not self.views:
+            raise ValueError("the control normal_views needs views: set detect.views to 1 or more")
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from kka_ray.features.base import Features
 from kka_ray.records import Verdict, from_table, to_table
 from kka_ray.store import Attempt, Output
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ def with_drawn_normals(train: np.ndarray, validation: np.ndarray, drawn: np.ndar
 
     An evaluator that knows photographs alone as normal learns "drawn" for "anomalous", and every image is easy. Every
     other drawn normal joins the training normals: no more than there are of these, which would be outnumbered, and
-    repeated up to a fifth of them, so that a few count; k-NN takes each copy for a neighbour of its own, so that near
-    a drawn normal it is nearly the distance to that one alone. The others join the validation normals, and together
-    these set the scale and the band: whichever are fewer are repeated, so that either kind counts half.
+    repeated up to a fifth of them, so that a few count with an evaluator that learns (to k-NN they are one neighbour
+    each). The others join the validation normals, and together these set the scale and the band: whichever are fewer
+    are repeated, so that either kind counts half.
     """
     learned, held_out = drawn[::2][: len(train)], drawn[1::2]
     learned = np.concatenate([learned] * max(1, round(len(train) / 5 / len(learned))))

@@ -10,7 +10,10 @@ from kka_ray.errors import StageError
 
 
 class Knn(Evaluator):
-    """Mean cosine distance to the nearest training normals, on pooled features. Its embedding is the unit feature."""
+    """Mean cosine distance to the nearest training normals, on pooled features. Its embedding is the unit feature.
+
+    A normal that is given several times, for its weight with evaluators that learn, is one neighbour.
+    """
 
     def __init__(self, config: KnnEvaluator) -> None:
         self.config = config
@@ -21,8 +24,8 @@ class Knn(Evaluator):
             raise StageError(f"k-NN needs pooled features (N, D) of at least 2 normals, got shape {normals.shape}")
         if not np.isfinite(normals).all():
             raise StageError("the features of the training normals are not finite; look for damaged images")
-        self._normals = _unit(normals)
-        self.centre = self._normals.mean(axis=0)
+        self.centre = _unit(normals).mean(axis=0)
+        self._normals = _unit(np.unique(normals, axis=0))
 
     def train(self, anomalies: np.ndarray) -> None:
         """Does nothing."""

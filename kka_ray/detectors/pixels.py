@@ -43,13 +43,12 @@ class PixelSets:
 
     @classmethod
     def of(cls, normals: Features, anomalies: Features | None, detector: str) -> Self:
-        """With the views of both where there are anomalies: their views alone would teach what a view is."""
+        """With the views of both: those of anomalies alone would teach what a view is."""
+        x = pixel_tensor(normals.with_views(), detector)
         if anomalies is None or len(anomalies) == 0:
-            x = pixel_tensor(normals, detector)
             return cls(x, x[:0], torch.zeros(0))
         labelled = anomalies.with_views()
-        weights = torch.from_numpy(labelled.relative_weights())
-        return cls(pixel_tensor(normals.with_views(), detector), pixel_tensor(labelled, detector), weights)
+        return cls(x, pixel_tensor(labelled, detector), torch.from_numpy(labelled.relative_weights()))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """At most `count` anomalies at random, jittered, and their weights; none where there are none."""

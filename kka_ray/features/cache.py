@@ -14,8 +14,6 @@ def write_features(attempt: Attempt, features: Features) -> None:
             attempt.array(array, name)
 
 
-def read_features(output: Output, *, patches: bool) -> Features | None:
-    """The features in an output, or None if it holds none (nothing was drawn)."""
-    if "pooled.npy" not in output.files:
-        return None
+def read_features(output: Output, *, patches: bool) -> Features:
+    """The features in an output."""
     return Features(output.array("pooled"), output.array("patches") if patches else None, pixels=output.array("pixels"))

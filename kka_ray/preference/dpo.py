@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig
 
 from kka_ray import assets
+from kka_ray.amounts import amount
 from kka_ray.config.models import PreferenceConfig
 from kka_ray.errors import ConfigError, StageError
 from kka_ray.preference.packing import Packer, check_packed, mask_of
 from kka_ray.preference.trainer import Checkpoints, PackedDPOTrainer, trainable
 from kka_ray.records import PreferencePair
 
-VERSION = 6
+VERSION = 7
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
 
@@ -92,7 +93,7 @@ def train_dpo(
         tokenizer.pad_token = tokenizer.eos_token
     base = _load_base(path, config, trust_remote_code)
     continued = previous is not None and config.reference == "previous"
-    packer = Packer(config.max_length, mask_of(base))
+    packer = Packer(config.max_length, mask_of(base), tokenizer.eos_token_id)
     policy = PeftModel.from_pretrained(base, str(previous), is_trainable=True) if continued else base
     trainer = PackedDPOTrainer(
         model=policy,
@@ -105,6 +106,11 @@ def train_dpo(
         peft_config=None if continued else _lora(config),
         checkpoints=checkpoints,
     )
+    if len(trainer.train_dataset) < len(pairs):  # TRL leaves out what has no room for a line, and says nothing
+        raise StageError(
+            f"{len(pairs) - len(trainer.train_dataset)} of {amount(len(pairs), 'pair')} have prompts of "
+            f"{config.max_length} tokens or more (preference.max_length): raise it, or lower describe.examples"
+        )
     if previous is not None and not continued:
         # Given a plain model TRL takes the model without its adapter as reference; the adapter may then be continued.
         set_peft_model_state_dict(trainer.model, load_file(previous / "adapter_model.safetensors"))

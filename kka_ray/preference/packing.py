@@ -29,10 +29,11 @@ Line = tuple[Tokens, Tokens]
 class Packer:
     """Makes a packed batch of tokenised pairs: dicts with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
-    def __init__(self, max_length: int, additive: torch.dtype | None = None) -> None:
+    def __init__(self, max_length: int, additive: torch.dtype | None = None, end: int | None = None) -> None:
         """`max_length` cuts the end of prompt and line together, in tokens. `additive`: the dtype of a mask that is
-        added to the weights of attention, as plain (eager) attention does, which takes a Boolean one for 0 and 1."""
-        self.max_length, self.additive = max_length, additive
+        added to the weights of attention, as plain (eager) attention does, which takes a Boolean one for 0 and 1.
+        `end`: the token that TRL puts behind each line and that is left out, as sampling ends with the line."""
+        self.max_length, self.additive, self.end = max_length, additive, end
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, with L tokens in all, T tokens of lines and B pairs.
@@ -49,7 +50,7 @@ class Packer:
         for pair in pairs:
             prompt = tuple(pair["prompt_ids"])
             room = max(self.max_length - len(prompt), 0)
-            cut = {side: tuple(pair[f"{side}_ids"])[:room] for side in sides}
+            cut = {side: self._line(pair[f"{side}_ids"])[:room] for side in sides}
             if cut["chosen"] == cut["rejected"]:
                 raise StageError(
                     f"a prompt has {len(prompt)} of the {self.max_length} tokens of preference.max_length, which cuts "
@@ -62,6 +63,9 @@ class Packer:
             seen, least = batch["attention_mask"], torch.finfo(self.additive).min
             batch["attention_mask"] = torch.zeros(seen.shape, dtype=self.additive).masked_fill(~seen, least)
         return batch
+
+    def _line(self, ids: Sequence[int]) -> Tokens:
+        return tuple(ids[:-1] if ids and ids[-1] == self.end else ids)
 
 
 def mask_of(model: Any) -> torch.dtype | None:

@@ -40,6 +40,7 @@ ARMS = {
     "genias": "GenIAS (control)",
     "outside": "outside images (control)",
     "drawn_normals": "drawn normals (control)",
+    "normal_views": "views of normals (control)",
 }
 LABELS = {
     "normal": "validation normals",

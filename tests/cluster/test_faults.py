@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 
 from kka_ray.cluster.pool import Pool, drain
@@ -15,6 +14,7 @@ from kka_ray.cluster.workers import SAMPLE_VERSION, RenderTask, RenderWorker, Sa
 from kka_ray.config.models import ApiSampler, BackboneConfig, ClusterConfig, DescribeConfig, PoolConfig, RenderConfig
 from kka_ray.describe.sampler import model_identity
 from kka_ray.errors import StageError
+from kka_ray.records import Rendering, to_table
 from kka_ray.store import Attempt, Store, stage_key
 from tests.describe.completions_server import completions_server
 
@@ -70,20 +70,20 @@ def test_a_prompt_that_an_api_refuses_is_a_failed_row(tmp_path: Path) -> None:
 
 def test_images_at_fault_are_drawn_by_a_later_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(self: RenderWorker, task: RenderTask, attempt: Attempt) -> None:
-        attempt.table(pa.table({"error": [task.failed.get(row[0], "") for row in task.rows]}))
+        rows = [(row[0], task.failed.get(row[0], "")) for row in task.rows]
+        attempt.table(to_table(Rendering, [Rendering(id_, 0, 0, "failed", b"", "", error) for id_, error in rows]))
 
     monkeypatch.setattr(RenderWorker, "_make", make)
     store = Store(str(tmp_path))
     worker = RenderWorker(store.uri, RenderConfig(), BackboneConfig(), False, 1, "cpu")
     worker.model, worker.backbone = "r", SimpleNamespace(identity="b")  # type: ignore[assignment]
-    inputs = {"model": "r", "features": {"backbone": "b"}}
-    task = RenderTask(rows=ROWS, round=0, normals=None, inputs=inputs)
+    task = RenderTask(rows=ROWS, round=0, normals=None, inputs={"model": "r"}, features={"backbone": "b"})
 
     def drawn(task: RenderTask) -> list[str]:
-        return list(store.reported("render", worker.work(task)).table()["error"].to_pylist())
+        return list(store.reported("render", worker.work(task)[0]).table()["error"].to_pylist())
 
     assert drawn(replace(task, failed={"p001": "a crash"})) == ["", "a crash"]
     assert drawn(task) == ["", ""]
-    for others in ({"model": "another"}, {"features": {"backbone": "another"}}):
+    for others in (replace(task, inputs={"model": "another"}), replace(task, features={"backbone": "another"})):
         with pytest.raises(StageError, match=r"another version of the (renderer|backbone)"):
-            worker.work(replace(task, inputs=inputs | others))
+            worker.work(others)

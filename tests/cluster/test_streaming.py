@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from kka_ray import loop as loop_module
 from kka_ray.cluster import streaming
 from kka_ray.cluster.budget import BudgetError
 from kka_ray.cluster.streaming import NORMALS_ROUND, Pools, Streamer, image_seed, sampler_libraries
@@ -22,6 +23,8 @@ from kka_ray.describe import sampler as samplers
 from kka_ray.errors import ConfigError
 from kka_ray.features.base import Features
 from kka_ray.features.cache import write_features
+from kka_ray.loop import Loop, LoopResult
+from kka_ray.prepare import bare
 from kka_ray.records import Prompt, Rendering, to_table
 from kka_ray.render import renderer
 from kka_ray.store import Attempt, Store, stage_key
@@ -127,6 +130,40 @@ def test_edits_of_other_photographs_under_the_same_names_are_made_anew() -> None
     assert inputs(1)["normals"] != inputs(2)["normals"]
 
 
+def test_evaluators_do_not_learn_from_the_photographs_that_are_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit of what an evaluator knows as normal lies nearer to it than one of any other normal photograph."""
+    render = {"mode": "img2img", "pipeline": "builtin:flowers"}
+    config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "render": render})
+    streamer = Streamer.__new__(Streamer)
+    streamer.config, streamer.renderer_identity = config, "r"
+    shades = [np.full((4, 4, 3), shade, np.uint8) for shade in range(40)]
+    streamer.prepared = SimpleNamespace(  # type: ignore[assignment]
+        normals=SimpleNamespace(train=bare(shades)),
+        backbone=SimpleNamespace(identity="b"),
+        patches=False,
+        train=Features(np.arange(40, dtype=np.float32)[:, None]),
+        validation=Features(np.zeros((2, 1), np.float32)),
+    )
+    rows = [(f"r0-p000-s{k:03d}", "a cracked tile", "p000") for k in range(200)]
+    edited = {int(image[0, 0, 0]) for image in streamer._render_task(rows, 0).normals or ()}
+    assert len(edited) == 10
+
+    loop = Loop.__new__(Loop)
+    loop.config, loop.prepared = config, streamer.prepared
+    learnt: list[float] = []
+
+    def judged(ids: Any, rounds: Any, rows: Any, texts: Any, train: np.ndarray, *_: Any) -> None:
+        learnt.extend(train[:, 0].tolist())
+
+    monkeypatch.setattr(loop_module.judging, "judge", judged)
+    monkeypatch.setattr(loop_module.judging, "write_result", lambda *_: None)
+    monkeypatch.setattr(loop_module.judging, "read_result", lambda _: None)
+    loop.store = cast(Any, SimpleNamespace(get_or_make=lambda stage, version, inputs, make: make(None)))
+    loop._cross_fit(config.confusion, [], LoopResult([]), [])
+    assert sorted({*learnt, *edited}) == list(range(40))
+    assert not edited.intersection(learnt)
+
+
 def test_images_that_failed_are_tried_again_after_the_budget_ended_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,20 +187,19 @@ def test_images_that_failed_are_tried_again_after_the_budget_ended_the_run(
     def draw(number: int, task: RenderTask) -> None:
         tasks.append(task)
 
-    def drained(pools: Any) -> Iterator[tuple[Any, int, str]]:
+    def drained(pools: Any) -> Iterator[tuple[Any, int, Any]]:
         rows = [{"id": f"r0-p000-s{i:03d}", "prompt_id": "p000", "raw": f"line {i}", "error": ""} for i in range(4)]
         yield samplers, 0, commit("sample", 1, {}, pa.Table.from_pylist(rows))
         keys = []
         for task, status in zip(tasks, outcomes, strict=True):
             row = Rendering(task.rows[0][0], 0, 0, status, b"", "", "of one colour" if status == "failed" else "")
             keys.append(commit("render", renderer.VERSION, task.inputs, to_table(Rendering, [row])))
-        yield renderers, 0, keys[0]
-        yield renderers, 2, keys[2]
+        yield renderers, 0, (keys[0], None)
+        yield renderers, 2, (keys[2], None)
 
     samplers = SimpleNamespace(submit=lambda number, task: None)
     renderers = SimpleNamespace(submit=draw, stop=lambda: None)
     monkeypatch.setattr(streaming, "drain", drained)
-    monkeypatch.setattr(streaming, "read_features", lambda *_, **__: None)
     monkeypatch.setattr(streaming, "model_identity", lambda _: "m")
     monkeypatch.setattr(streaming, "pipeline_identity", lambda _: "r")
     prepared = SimpleNamespace(
@@ -193,13 +229,18 @@ class _Played:
         for pool in (self.samplers, self.renderers):
             pool.submit = lambda number, task, pool=pool: self.waiting.append((pool, number, task))
 
-    def drain(self, pools: Sequence[Any]) -> Iterator[tuple[Any, int, str]]:
+    def drain(self, pools: Sequence[Any]) -> Iterator[tuple[Any, int, Any]]:
         while self.waiting:
             pool, number, task = self.waiting.pop()
             self.tasks.append(task)
-            stage, make = ("sample", self._write) if pool is self.samplers else ("render", self._draw)
             inputs = {"ids": [row[0] for row in task.rows], "round": task.round}
-            yield pool, number, self.store.get_or_make(stage, 1, inputs, lambda a: make(task, a)).key  # noqa: B023
+            if pool is self.samplers:
+                yield pool, number, self.store.get_or_make("sample", 1, inputs, lambda a: self._write(task, a)).key  # noqa: B023
+                continue
+            drawn = self.store.get_or_make("render", 1, inputs, lambda a: self._draw(task, a))  # noqa: B023
+            numbers = [int(row["id"][-3:]) for row in drawn.table().to_pylist() if row["status"] == "ok"]
+            features = self.store.get_or_make("features", 1, inputs, lambda a: self._extract(numbers, a))  # noqa: B023
+            yield pool, number, (drawn.key, features.key if numbers else None)
 
     def _write(self, task: SampleTask, attempt: Attempt) -> None:
         lines = [(id_, id_[3:7]) for row, _, count in task.rows for id_ in line_ids(task.round, row, count)]
@@ -207,7 +248,7 @@ class _Played:
         attempt.table(pa.Table.from_pylist(rows))
 
     def _draw(self, task: RenderTask, attempt: Attempt) -> None:
-        rows, pooled = [], []
+        rows = []
         for id_, _, seed in task.rows:
             number = int(id_[-3:])
             if task.round >= 0 and number == 1:
@@ -215,11 +256,11 @@ class _Played:
                 continue
             content = encode_png(np.full((4, 4, 3), number, np.uint8))
             rows.append(Rendering(id_, task.round, seed, "ok", content, "", match=0.0 if number == 0 else 0.9))
-            pooled.append([float(number)])
         attempt.table(to_table(Rendering, rows))
-        if pooled:
-            pixels = np.zeros((len(pooled), 32, 32, 3), np.uint8)
-            write_features(attempt, Features(np.array(pooled, np.float32), pixels=pixels))
+
+    def _extract(self, numbers: list[int], attempt: Attempt) -> None:
+        pooled = np.array(numbers, np.float32)[:, None]
+        write_features(attempt, Features(pooled, pixels=np.zeros((len(pooled), 32, 32, 3), np.uint8)))
 
 
 class _Guard:

@@ -64,17 +64,25 @@ def test_descriptions_at_fault_are_rows_without_touching_the_others(tmp_path: Pa
     worker.load()
     texts = ["a red flower", "a blue flower", "a star"]
     rows = tuple((f"r0-p000-s{i:03d}", text, i) for i, text in enumerate(texts))
-    inputs = {"model": worker.model, "features": {"backbone": worker.backbone.identity}}
-    task = RenderTask(rows=rows, round=0, normals=None, inputs=inputs, failed={rows[1][0]: "not done within 9 s"})
-    found = Store(str(tmp_path)).find("render", worker.work(task))
-    assert found is not None
+    failed = {rows[1][0]: "not done within 9 s"}
+    of_features = {"backbone": worker.backbone.identity}
+    inputs = {"model": worker.model}
+    task = RenderTask(rows=rows, round=0, normals=None, inputs=inputs, features=of_features, failed=failed)
+    key, key_of_features = worker.work(task)
+    assert key_of_features is not None
+    store = Store(str(tmp_path))
+    found = store.reported("render", key)
     records = from_table(Rendering, found.table())
     assert [(r.id, r.status, r.error) for r in records] == [
         (rows[0][0], "ok", ""),
         (rows[1][0], "failed", "not done within 9 s"),
         (rows[2][0], "ok", ""),
     ]
-    features = read_features(found, patches=False)
-    assert features is not None
-    assert len(features) == 2
+    assert len(read_features(store.reported("features", key_of_features), patches=False)) == 2
+
+    other, other_features = worker.work(replace(task, features=of_features | {"patches": True}))
+    assert other == key, "other features are extracted from the images that are there"
+    assert other_features not in (None, key_of_features)
+    unseen = {row[0]: "a crash" for row in rows}
+    assert worker.work(replace(task, failed=unseen))[1] is None, "nothing was drawn"
     assert task.part(1, 3).rows == rows[1:]

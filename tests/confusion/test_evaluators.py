@@ -41,6 +41,15 @@ def test_scores_rise_with_the_distance_of_unseen_anomalies(make) -> None:
     assert spearmanr(scores, distances)[0] >= 0.8
 
 
+def test_a_normal_given_several_times_is_one_neighbour() -> None:
+    normals, unseen = cloud(100, 0, 0), cloud(40, 3, 1)
+    once, repeated = Knn(KnnEvaluator()), Knn(KnnEvaluator())
+    once.pretrain(normals, seed=0)
+    repeated.pretrain(np.concatenate([normals, *[normals[:10]] * 5]), seed=0)
+    assert np.allclose(repeated.score(unseen), once.score(unseen), rtol=1e-5)
+    assert not np.allclose(repeated.centre, once.centre, rtol=1e-3), "its weight counts there"
+
+
 def test_labelled_anomalies_are_pushed_away() -> None:
     normals, anomalies, others = cloud(300, 0, 0), cloud(60, 1.5, 1), cloud(60, 1.5, 2)
     # All on one side, where a one-class evaluator sees nothing special.

@@ -16,7 +16,6 @@ def test_features_come_back_as_they_were(tmp_path, patches: bool) -> None:
     )
     output = Store(str(tmp_path)).get_or_make("features", 1, {}, lambda a: write_features(a, features))
     read = read_features(output, patches=patches)
-    assert read is not None
     assert np.array_equal(read.pooled, features.pooled)
     assert np.array_equal(read.pixels, features.pixels)
     assert (read.patches is not None) == patches

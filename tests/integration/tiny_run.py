@@ -31,10 +31,10 @@ TINY: dict[str, Any] = {
     },
     "loop": {"lines": 16, "rounds": 1, "budget": 0.1},
     "detect": {
-        "detectors": [{"kind": "knn"}, {"kind": "fused"}],
+        "detectors": [{"kind": "knn"}, {"kind": "fused"}, {"kind": "deep_sad"}],
         "headline": "fused",
         "seeds": 1,
-        "controls": ["noise", "drawn_normals"],
+        "controls": ["noise", "drawn_normals", "normal_views"],
         "views": 2,
     },
     "cluster": {"samplers": {"cpus": 0.25}, "renderers": {"cpus": 0.25}},

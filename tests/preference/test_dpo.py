@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 from kka_ray import assets
 from kka_ray.config.models import DescribeConfig, PreferenceConfig, TransformersSampler
 from kka_ray.describe.transformers_sampler import TransformersEngine
+from kka_ray.errors import StageError
 from kka_ray.records import PreferencePair
 
 MODEL = "builtin:smollm2-135m-instruct"
@@ -69,10 +71,25 @@ def test_packed_batches_train_as_trl_does(tmp_path: Path, sft: float) -> None:
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=dpo._lora(config),
     )
+    end = trainer.processing_class.eos_token_id
+    assert all(row["chosen_ids"][-1] == row["rejected_ids"][-1] == end for row in trainer.train_dataset)
+    # Sampling ends with the line, so ours does not learn what TRL puts behind it.
+    trainer.train_dataset = trainer.train_dataset.map(
+        lambda row: {side: row[side][:-1] for side in ("chosen_ids", "rejected_ids")}
+    )
     trainer.train()
     theirs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert [row["loss"] for row in ours.history] == pytest.approx(theirs, abs=2e-4)
     assert theirs[-1] < theirs[0] - 0.05
+
+
+def test_a_pair_that_has_no_room_is_an_error(tmp_path: Path) -> None:
+    from kka_ray.preference.dpo import train_dpo
+
+    long = replace(pairs()[0], prompt=PROMPT * 20)
+    config = PreferenceConfig(steps=1, batch=4, micro_batch=4, max_length=100)
+    with pytest.raises(StageError, match=r"1 of \d+ pairs have prompts of 100 tokens or more.*max_length"):
+        train_dpo([*pairs(), long], MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "work", cpu=True)
 
 
 @pytest.mark.parametrize("name", ["base", "previous"])

@@ -106,6 +106,14 @@ def test_long_lines_are_cut() -> None:
     assert [line for _, line in batch["lines"]] == [(9, 10), (11, 12)]
 
 
+def test_what_is_never_written_is_not_learnt() -> None:
+    ended = [{k: ids + [1] * (k != "prompt_ids") for k, ids in pair.items()} for pair in PAIRS]
+    plain, packed = Packer(64)(PAIRS), Packer(64, end=1)(ended)
+    assert packed["lines"] == plain["lines"]
+    assert torch.equal(packed["targets"], plain["targets"])
+    assert Packer(64, end=1)(PAIRS)["lines"] == plain["lines"]
+
+
 def test_a_prompt_that_leaves_no_room_for_its_lines_is_an_error() -> None:
     for max_length in (3, 4):
         with pytest.raises(StageError, match=r"4 of the . tokens of preference\.max_length.*describe\.examples"):

@@ -64,12 +64,12 @@ class SimpleNetDetector(Detector):
         blocks = (normals.pooled.shape[1], x.shape[1] - normals.pooled.shape[1])
         branch.start(x, config.shrinkage, config.noise, config.margin, draws.normals, blocks)
         x = branch.standardise(x)
-        if anomalies is None:
-            self._train(name, branch, len(x), lambda rows: x[rows], None, draws)
-            return branch
         if normals.views is not None:
             # Views of anomalies alone would teach the discriminator what a view is.
             x = torch.cat([x, branch.standardise(torch.from_numpy(normals.views.statistics()))])
+        if anomalies is None:
+            self._train(name, branch, len(x), lambda rows: x[rows], None, draws)
+            return branch
         labelled = anomalies.with_views()
         known = branch.standardise(torch.from_numpy(labelled.statistics()))
         drawn = _random_rows(labelled, config.batch, draws.anomalies)

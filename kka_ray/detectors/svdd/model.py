@@ -52,7 +52,7 @@ class HypersphereDetector(Detector):
         if anomalies is not None and (len(anomalies) == 0 or self._anomaly_weight == 0):
             anomalies = None
         # Views of anomalies alone would teach the encoder what a view is.
-        rows = self._rows(normals if anomalies is None else normals.with_views())
+        rows = self._rows(normals.with_views())
         if not self.needs_pixels and rows.var(axis=0, dtype=np.float64).mean() < 1e-12:
             raise DataError(
                 f"the {len(rows)} normal images have no variance, so there is no scale to whiten them by: give at "
