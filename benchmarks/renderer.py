@@ -260,7 +260,7 @@ def speed(config: RenderConfig, teacher: str, threads: int) -> dict[str, float]:
     fast, slow = (np.array(found[1:]) for found in rates)  # the first round warms up
     return {
         "images_per_second": float(fast.mean()),
-        "images_per_second_std": float(fast.std()),
+        "images_per_second_std": float(fast.std(ddof=1)),
         "times_plain_sampler": float(np.median(fast / slow)),
     }
 

@@ -135,11 +135,8 @@ def sweep(
     from kka_ray import sweep as sweeping
     from kka_ray.terminal import Reporter
 
-    def note(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     with Reporter(console) as reporter:
-        done = sweeping.run(resolved, reporter.progress, reporter.warn, note, verbose=verbose)
+        done = sweeping.run(resolved, reporter.progress, reporter.warn, _say, verbose=verbose)
     sweeping.show(done, resolved, console)
 
 
@@ -176,7 +173,7 @@ def report(folder: RunFolder) -> None:
             raise ConfigError(f"{folder} holds no run; name a run's folder, as in runs/demo")
         written = write_report(place.here)
         place.keep(only=(written.name,))  # a run may be writing the others anew
-    console.print(f"report: {below(folder, written.name)}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"report: {below(folder, written.name)}")
 
 
 @app.command()
@@ -337,7 +334,7 @@ def train_renderer(config: TrainingFile, override: Override = None) -> None:
 
     resolved = load(config, RendererConfig, override or ())
     pipeline = launch(resolved, _say)
-    console.print(f"pipeline: {pipeline}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"pipeline: {pipeline}")
 
 
 @renderer_app.command("finish")
@@ -352,7 +349,7 @@ def finish_renderer(
 
     resolved = load(config, RendererConfig, override or ())
     pipeline = launch(resolved, steps, _say)
-    console.print(f"pipeline: {pipeline}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"pipeline: {pipeline}")
 
 
 @bench_app.command("demo")
@@ -372,7 +369,7 @@ def bench_demo(
     with Reporter(console) as reporter:
         result = benchmark.demo(resolved, seeds, target, reporter.progress, _say, verbose=verbose)
     console.print(benchmark.table(result))
-    console.print(f"results: {target}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"results: {target}")
 
 
 @bench_app.command("detectors")

@@ -31,6 +31,7 @@ from sklearn.metrics import roc_auc_score
 
 from kka_ray.cluster.streaming import Pools, Progress
 from kka_ray.config.models import SEEDS, RunConfig
+from kka_ray.describe.guard import words_of
 from kka_ray.detectors.tuned import TunedDetector
 from kka_ray.errors import StageError
 from kka_ray.evaluation import UNSEEN, fit_headline
@@ -52,7 +53,7 @@ class Reference:
     """The images that every trial is measured with, beside its validation normals.
 
     ids, images: the anomalies, uint8 (H, W, 3), in the order of ids. normals: drawn normals, likewise; none if the
-    base configuration draws none. withheld: all descriptions of that round, in lower case with single spaces.
+    base configuration draws none. withheld: the words of all descriptions of that round, as the guard compares them.
     """
 
     ids: tuple[str, ...]
@@ -62,7 +63,7 @@ class Reference:
 
     def withholds(self, description: Description) -> bool:
         """Whether the description's image must stay out of a trial's anomaly set."""
-        return _words(description.text) in self.withheld
+        return words_of(description.text) in self.withheld
 
 
 def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress: Progress) -> Reference:
@@ -95,7 +96,7 @@ def reference_of(result: LoopResult) -> Reference:
             + "). Raise run.loop.lines, or run.confusion.upper for a "
             "wider hard band"
         )
-    withheld = frozenset(_words(d.text) for d in first.descriptions if d.text)
+    withheld = frozenset(words_of(d.text) for d in first.descriptions if d.text)
     normals = result.normals.images(result.normals.ids[UNSEEN])
     return Reference(ids, tuple(result.images(list(ids))), tuple(normals), withheld)
 
@@ -137,7 +138,3 @@ def mean_aucs(detectors: Sequence[TunedDetector], kinds: Sequence[Features], ano
 def _auc(normals: np.ndarray, anomalies: np.ndarray) -> float:
     truth = np.r_[np.zeros(len(normals), bool), np.ones(len(anomalies), bool)]
     return float(roc_auc_score(truth, np.r_[normals, anomalies]))
-
-
-def _words(text: str) -> str:
-    return " ".join(text.lower().split())

@@ -145,9 +145,8 @@ def score_folder(
     too long for that is cut, and ends in a hash). All of it is written elsewhere first and put in place at the end;
     what an earlier scoring left in `output` is replaced.
 
-    A file that cannot be read is a row with the error. Raises AssetError without a detector, or if heat maps are asked
-    of one that was saved before they had a scale; DataError without images or if `output` holds files of these names
-    that are something else; ResourceError if it cannot be written.
+    A file that cannot be read is a row with the error. Raises AssetError without a detector; DataError without images
+    or if `output` holds files of these names that are something else; ResourceError if it cannot be written.
     """
     tuned = load_detector(model, engine=engine)
     files = _find(images)

@@ -204,7 +204,7 @@ class Guard:
             return reason
         if self.is_normal_class(text):
             return "normal_class"
-        key = " ".join(_WORD.findall(text.lower()))
+        key = words_of(text)
         if key in self._texts:
             return "duplicate"
         if self.config.near_duplicate < 1 and len(self._vectors):
@@ -254,6 +254,11 @@ def form_reason(raw: str, text: str, config: GuardConfig) -> str:
     if triples and max(triples.values()) >= 3:
         return "malformed"  # the model is going round in circles
     return ""
+
+
+def words_of(text: str) -> str:
+    """A text's words in lower case, with single spaces: texts that differ by no more are duplicates."""
+    return " ".join(_WORD.findall(text.lower()))
 
 
 def content_words(text: str) -> list[str]:

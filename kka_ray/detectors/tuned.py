@@ -34,7 +34,6 @@ CALIBRATION = 2
 """Likewise part of them; raised when what is read off the scores of validation normals changes."""
 
 _FORMAT = 2
-"""1 has no scale of heat maps: such a detector scores, but shows none."""
 _QUANTILES = np.linspace(0, 1, 201)
 
 
@@ -157,16 +156,11 @@ class TunedDetector:
         """Heat by place, float32 (N, h, w) on the detector's own grid; None if it does not localise.
 
         In MADs above the median of validation normals' hottest places: about 0 where a typical normal is hottest,
-        whatever the detector. Raises AssetError for a detector that was saved before maps had that scale.
+        whatever the detector.
         """
         heat = self.detector.heatmap(features)
-        if heat is None:
+        if heat is None or self.calibration.heat is None:
             return None
-        if self.calibration.heat is None:
-            raise AssetError(
-                f"this detector, {self.config.kind}, was saved before heat maps had a scale: score without them "
-                "(--no-heatmaps), or fit it again, by the same run with another store.uri"
-            )
         return self.calibration.heat(heat).astype(np.float32)
 
     def heatmap_images(self, images: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -220,7 +214,7 @@ class TunedDetector:
             found, tensors = sha256(weights), load_file(weights)
         except (OSError, SafetensorError) as error:
             raise AssetError(f"{folder} holds no readable detector: {error}") from error
-        if saved.tensors_sha256 not in (None, found):
+        if saved.tensors_sha256 != found:
             raise AssetError(
                 f"{folder} holds no readable detector: {weights.name} is not the file that detector.json was written "
                 "with. Copy both again from where they are whole, or make them anew by the command of their run"
@@ -239,8 +233,7 @@ class _Saved(BaseModel):
     backbone_identity: str
     calibration: Calibration
     state: dict[str, Any]
-    tensors_sha256: str | None = None
-    """None in files of before it was written."""
+    tensors_sha256: str
 
 
 def _read(file: Path) -> _Saved:
@@ -249,7 +242,7 @@ def _read(file: Path) -> _Saved:
     except (OSError, ValueError) as error:
         raise AssetError(f"{file.parent} holds no readable detector: {error}") from error
     found = values.get("format") if isinstance(values, dict) else None
-    if found not in (1, _FORMAT):
+    if found != _FORMAT:
         raise AssetError(f"{file} has format {found}, this version reads {_FORMAT}: fit it again")
     try:
         return _Saved.model_validate(values)

@@ -29,9 +29,6 @@ from kka_ray.render.transformer import FlowTransformer
 CHECKPOINT = "training.safetensors"
 """Name of the file with a training's state."""
 
-_ONCE_ABSENT: dict[str, Any] = {"perceptual": None, "distil": None, "network.overlap": 0}
-"""What checkpoints of earlier versions do not name, and how they trained."""
-
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -166,11 +163,10 @@ def flow_loss(
 def check_checkpoint(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises ConfigError if the checkpoint in a folder is of a training with another identity, by name a JSON value.
 
-    Names that only one of the two has are not compared, but for those of `_ONCE_ABSENT`: another version may have
-    written it.
+    Names that only one of the two has are not compared: another version may have written it.
     """
     with safe_open(folder / CHECKPOINT, "pt") as content:
-        stored = _ONCE_ABSENT | json.loads((content.metadata() or {}).get("identity", "{}"))
+        stored = json.loads((content.metadata() or {}).get("identity", "{}"))
     differing = sorted(name for name in stored.keys() & identity.keys() if stored[name] != identity[name])
     if differing:
         plain = lambda value: isinstance(value, int | float)  # noqa: E731

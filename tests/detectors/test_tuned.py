@@ -1,18 +1,14 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kka_ray.config.models import BackboneConfig, Knn, SimpleNet
-from kka_ray.config.serve import ServeConfig
-from kka_ray.data.decode import encode_png
 from kka_ray.detectors.tuned import Calibration, TunedDetector
 from kka_ray.errors import AssetError, DataError
 from kka_ray.features.backbone import Backbone
 from kka_ray.features.base import Features
 from kka_ray.features.robust import Robust
-from kka_ray.serving.scorer import ImageScorer, Item, Judgement
 
 
 def _images(count: int, seed: int) -> list[np.ndarray]:
@@ -82,32 +78,6 @@ def test_a_detector_of_whole_images_has_no_heatmap(backbone):
     assert _fit(Knn(kind="knn"), backbone).heatmap_images(_images(2, 2)) is None
 
 
-def _without_scale_of_heat(folder: Path) -> None:
-    """Makes of a saved detector one of format 1."""
-    file = folder / "detector.json"
-    values = json.loads(file.read_text())
-    del values["calibration"]["heat"]
-    file.write_text(json.dumps({**values, "format": 1}))
-
-
-def test_a_detector_without_a_scale_of_heat_scores_and_says_why_it_shows_none(backbone, tmp_path):
-    tuned = _fit(SimpleNet(epochs=1), backbone)
-    tuned.save(tmp_path)
-    _without_scale_of_heat(tmp_path)
-    old, images = TunedDetector.load(tmp_path, backbone), _images(3, 2)
-    np.testing.assert_array_equal(old.score_images(images).score, tuned.score_images(images).score)
-    with pytest.raises(AssetError, match=r"--no-heatmaps.*store\.uri"):
-        old.heatmap_images(images)
-    scorer = ImageScorer(old, ServeConfig())
-    assert scorer.describe()["heatmaps"] is False
-    (judged,) = scorer.score([Item("a", encode_png(images[0]), heatmap=True)])
-    assert isinstance(judged, Judgement)
-    assert judged.heatmap is None
-    (judged,) = ImageScorer(tuned, ServeConfig()).score([Item("a", encode_png(images[0]), heatmap=True)])
-    assert isinstance(judged, Judgement)
-    assert judged.heatmap is not None
-
-
 def test_heatmaps_of_mixed_sizes_are_refused(backbone):
     tuned = _fit(SimpleNet(epochs=1), backbone)
     with pytest.raises(DataError, match="different sizes"):
@@ -158,17 +128,6 @@ def test_tensors_of_another_detector_are_refused(backbone, tmp_path):
     (tmp_path / "other" / "detector.safetensors").rename(tmp_path / "here" / "detector.safetensors")
     with pytest.raises(AssetError, match=r"no readable detector: detector\.safetensors is not the file"):
         TunedDetector.load(tmp_path / "here", backbone)
-
-
-def test_a_detector_that_was_saved_before_its_tensors_were_named_loads(backbone, tmp_path):
-    tuned = _fit(Knn(kind="knn"), backbone)
-    tuned.save(tmp_path)
-    file, images = tmp_path / "detector.json", _images(3, 2)
-    values = json.loads(file.read_text())
-    del values["tensors_sha256"]
-    file.write_text(json.dumps(values))
-    old = TunedDetector.load(tmp_path, backbone)
-    np.testing.assert_array_equal(old.score_images(images).score, tuned.score_images(images).score)
 
 
 def test_a_save_that_is_interrupted_leaves_the_detector_that_was_there(backbone, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_pair_that_has_no_room_is_an_error(tmp_path: Path) -> None:
     from kka_ray.preference.dpo import train_dpo
 
     long = replace(pairs()[0], prompt=PROMPT * 20)
-    config = PreferenceConfig(steps=1, batch=4, micro_batch=4, max_length=100)
+    config = PreferenceConfig(steps=1, warmup=0, batch=4, micro_batch=4, max_length=100)
     with pytest.raises(StageError, match=r"1 of \d+ pairs have prompts of 100 tokens or more.*max_length"):
         train_dpo([*pairs(), long], MODEL, None, config, 0, tmp_path / "adapter", tmp_path / "work", cpu=True)
 

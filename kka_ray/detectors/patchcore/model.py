@@ -81,7 +81,7 @@ class PatchCoreDetector(Detector):
         return distances(features.pooled, self._normals, self.config.image_neighbours)
 
     def _patch_scores(self, features: Features) -> np.ndarray:
-        """The distance of the worst patch, less where the memory is sparse around its nearest neighbour."""
+        """The distance of the worst patch, less where other memories are as near to it as the nearest."""
         out = []
         for patches in self._chunks(features):
             x = patches.float()

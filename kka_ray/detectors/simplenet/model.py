@@ -16,7 +16,6 @@ from kka_ray.detectors.patches import on_grid, patch_rows
 from kka_ray.detectors.simplenet.branch import Branch
 from kka_ray.detectors.training import train
 from kka_ray.encoders.state import part
-from kka_ray.errors import AssetError
 from kka_ray.features.base import Features
 
 _PATCH = "patch"
@@ -113,9 +112,7 @@ class SimpleNetDetector(Detector):
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
-        if "scales" in values:
-            raise AssetError("this SimpleNet was saved when its branches had scales of their own: fit it again")
-        self._trust = values.get("trust", 1.0)
+        self._trust = values["trust"]
         for name in (*self._images, _PATCH):
             own = part(tensors, name)
             branch = self._new_branch(len(own["mean"]))
