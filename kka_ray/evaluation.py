@@ -269,7 +269,7 @@ def _takes_arm(config: Detector, arm: Arm) -> bool:
 
 
 def _train_keys(config: RunConfig, store: Store, prepared: Prepared, loop: LoopResult) -> tuple[str, str]:
-    """Keys of the features of the training normals, for arms with real and for arms with drawn anomalies."""
+    """Keys of the features of the training normals, real alone, and with those drawn that train as well."""
     real = _extracted(store, prepared, prepared.normals.train)
     if not (config.detect.drawn_normals and loop.normals.ids):
         return real, real
@@ -315,7 +315,8 @@ def _fit_all(
         for arm in arms:
             if not _takes_arm(detector, arm):
                 continue
-            train_key = drawn_key if arm.name in (ZEROTH, KKA) else real_key
+            # Where drawn normals are given as anomalies they cannot be given as normals, too.
+            train_key = real_key if arm.name in (BASELINE, "drawn_normals") else drawn_key
             for seed in range(config.detect.seeds):
                 inputs = {
                     "detector": detector.model_dump(mode="json"),

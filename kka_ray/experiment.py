@@ -123,7 +123,9 @@ def _run(
         tuned = headline_detector(config, store, prepared, evaluation)
         validation = tuned.score(prepared.validation)
         summary = summarise(config, hash_, prepared, result, evaluation, loop.budget)
-        summary["text_signal"] = text_signal.measure(result, loop.encoder, config.preference.rejected)
+        # By the paper's rule a round's labels, and so the pairs, are others than the auditor's.
+        rejected = config.preference.rejected if config.confusion.rule == "band" else ()
+        summary["text_signal"] = text_signal.measure(result, loop.encoder, rejected)
         summary["drawn_normals"] = artefacts(tuned, validation, unseen_drawn_normals(config, result))
     summary["threshold"] = tuned.calibration.threshold
     summary["validation_flagged"] = float(validation.anomalous.mean())
@@ -280,6 +282,7 @@ def summarise(
         "config_hash": hash_,
         "versions": versions.all_versions(),
         "detector": headline,
+        "views": config.detect.views,
         "auc": {arm: evaluation.summary(headline, arm) for arm in ("baseline", "zeroth", "kka")},
         "detectors": {
             d.kind: {a.name: s for a in evaluation.arms if (s := evaluation.summary(d.kind, a.name))}
@@ -357,6 +360,7 @@ def skipped(prepared: Prepared, folder: str) -> list[str]:
 def _round(r: Round, result: LoopResult) -> dict[str, Any]:
     assert result.audit is not None
     labels = Counter(v.label for v in result.audit.verdicts if v.round == r.number)
+    written = sum(not d.reason.startswith("error") for d in r.descriptions)
     training = {k: r.dpo[k] for k in ("pairs", "steps", "loss_first", "loss_last", "margin")} if r.dpo else None
     return {
         "described": len(r.descriptions),
@@ -370,8 +374,8 @@ def _round(r: Round, result: LoopResult) -> dict[str, Any]:
         "between": labels["between"],
         "easy": labels["easy"],
         "normal_like": labels["normal_like"],
-        "hard_rate": labels["hard"] / max(len(r.descriptions), 1),
-        "normal_class_rate": sum(d.reason == "normal_class" for d in r.descriptions) / max(len(r.descriptions), 1),
+        "hard_rate": labels["hard"] / max(written, 1),
+        "normal_class_rate": sum(d.reason == "normal_class" for d in r.descriptions) / max(written, 1),
         "diversity": r.diversity,
         "unique_share": r.unique_share,
         "distinct_2": r.distinct_2,

@@ -72,14 +72,14 @@ class Inventory:
 def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
     """Everything in the store at `store_uri`; `delete` removes what is unused and leftovers.
 
-    A run is a folder below `output` with `config.yaml` or `references.json`, a sweep one with `sweep.yaml`. As long as
+    A run is a folder below `output` with `config_hash` or `references.json`, a sweep one with `sweep.yaml`. As long as
     one of them has no readable `references.json`, it was interrupted or still goes on, and no output counts as unused,
     nor do checkpoints of an output that is not there yet.
     Runs elsewhere that share the store are not seen.
 
     Raises DataError if there is no folder `output` or no such store; if something is to be deleted, or `output` is a
-    URI, and there is no run in it while the store lies elsewhere, which is more likely a wrong folder than a store that
-    nobody wants; and if a run began while it was being read.
+    URI, and no run in it refers to the store while that lies elsewhere, which is more likely a wrong folder than a
+    store that nobody wants; and if a run began while it was being read.
     """
     store = Store(store_uri)
     with places.opened(output, *_OF_RUNS) as place:
@@ -94,12 +94,12 @@ def collect(output: str | Path, store_uri: str, delete: bool) -> Inventory:
             raise DataError(f"there is no store {store_uri}; name it with --store")
         inside = _is_inside(store, output)
         runs = _runs(place.here, store)
-    if (delete or places.is_uri(output)) and not runs and not inside:
-        raise DataError(
-            f"{output} holds no run, so nothing in {store_uri} would be kept. If the store is not wanted any more, "
-            "delete it yourself; otherwise name the folder of the runs with --output"
-        )
     entries = _outputs(store, runs) + _attempts(store, _unfinished(runs))
+    if (delete or places.is_uri(output)) and not inside and not any(entry.runs for entry in entries):
+        raise DataError(
+            f"{output} holds no run of {store_uri}, so nothing in it would be kept. If the store is not wanted any "
+            "more, delete it yourself; otherwise name the folder of the runs with --output"
+        )
     if delete:
         with places.opened(output, *_OF_RUNS) as place:
             if place.vanished or _runs(place.here, store) != runs:

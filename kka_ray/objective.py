@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from kka_ray.amounts import amount
 from kka_ray.cluster.streaming import Pools, Progress
 from kka_ray.config.models import SEEDS, RunConfig
 from kka_ray.describe.guard import words_of
@@ -70,7 +71,7 @@ def make_reference(config: RunConfig, store: Store, prepared: Prepared, progress
     """Runs a zero-th round of the base configuration, or finds it in the store, and takes the reference from it.
 
     The seed of that round is not the configuration's; the normals are. Raises StageError if fewer than `FEWEST` images
-    are hard or between.
+    are hard or between, or fewer drawn normals are left to measure with.
     """
     loop = config.loop.model_copy(update={"rounds": 0})
     zeroth = config.model_copy(update={"loop": loop, "seed": (config.seed + _APART) % SEEDS})
@@ -97,7 +98,14 @@ def reference_of(result: LoopResult) -> Reference:
             "wider hard band"
         )
     withheld = frozenset(words_of(d.text) for d in first.descriptions if d.text)
-    normals = result.normals.images(result.normals.ids[UNSEEN])
+    unseen = result.normals.ids[UNSEEN]
+    if len(unseen) < FEWEST:
+        raise StageError(
+            f"{amount(len(unseen), 'drawn normal')} to measure trials with, fewer than {FEWEST}: every detector tells "
+            "drawn images from photographs, and all trials would come out alike. Set run.render.normals to "
+            f"{2 * FEWEST} or more"
+        )
+    normals = result.normals.images(unseen)
     return Reference(ids, tuple(result.images(list(ids))), tuple(normals), withheld)
 
 
@@ -118,11 +126,10 @@ def validation_auc(
         )
     detectors = fit_headline(config, store, prepared, result)
     anomalies, drawn = (
-        extract_images(store, prepared.backbone, images, prepared.patches) if images else None
+        extract_images(store, prepared.backbone, images, prepared.patches)
         for images in (reference.images, reference.normals)
     )
-    assert anomalies is not None
-    kinds = [prepared.validation] if drawn is None else [prepared.validation, drawn]
+    kinds = [prepared.validation, drawn]
     return mean_aucs(detectors, kinds, anomalies)
 
 

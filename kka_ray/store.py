@@ -298,10 +298,11 @@ class Store:
             attempt = Attempt(self, stage, key)
             try:
                 make(attempt)
-                return self.commit(attempt, inputs)
             except BaseException:
                 self.discard(attempt)
                 raise
+            # What fails here may have failed after the marker was written: the attempt may be the output by now.
+            return self.commit(attempt, inputs)
 
     def lease(self, stage: str, key: str) -> AbstractContextManager[None]:
         """The right to make an output, within a block; at once where the store has no leases."""

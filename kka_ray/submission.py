@@ -30,7 +30,7 @@ from rich.markup import escape
 from kka_ray import tracking
 from kka_ray.config import RunConfig, load
 from kka_ray.config.loading import extended, with_extended
-from kka_ray.config.sweep import load_sweep
+from kka_ray.config.sweep import Trial, load_sweep
 from kka_ray.errors import ConfigError, ResourceError
 
 EXCLUDES = (
@@ -67,6 +67,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _INTERRUPTED = 130
 _RECONNECTS = 5
 _POLL = 1.0
+_SILENCE = 300.0
+"""Seconds after which a connection that brings nothing is made anew: of one that died without a word nobody is told."""
 _HELD = 20.0
 """Seconds after which a connection counts as one that was there: proxies end those on which nothing is said for a
 minute, and a job that trains says nothing for longer."""
@@ -151,6 +153,8 @@ def entry(wanted: Submission, *, here: bool) -> str:
     else:
         sweep = load_sweep(file, wanted.overrides)
         config, prefix = sweep.base, "run."
+        for trial in sweep.trials:
+            _check_paths(trial, folder)
         named = [] if sweep.extends is None else [*with_extended(sweep.extends, file.parent)]
     _check_uploaded([*extended(file), *named], file, folder, here=here)
     # Imported late: it brings Ray along.
@@ -177,6 +181,21 @@ def entry(wanted: Submission, *, here: bool) -> str:
             )
     options = [part for override in overrides for part in ("-o", override)]
     return shlex.join(["python", "-m", "jobs.entry", wanted.verb, relative, *options])
+
+
+def _check_paths(trial: Trial, folder: Path) -> None:
+    """Raises ConfigError if a parameter of a trial is a relative path that the job does not get."""
+    from kka_ray.experiment import absolute
+
+    given = dict(tracking.flatten(trial.config.model_dump(mode="json")))
+    for name, value in tracking.flatten(absolute(trial.config).model_dump(mode="json")):
+        if name not in trial.overrides or given[name] == value:
+            continue
+        if not Path(value).is_relative_to(folder) or _excluded(Path(value).relative_to(folder).as_posix()):
+            raise ConfigError(
+                f"{name} is {given[name]!r} in {trial.label}, which is not uploaded ({', '.join(EXCLUDES)}). Name an "
+                "absolute path that the cluster's nodes share"
+            )
 
 
 def _written(path: str) -> str:
@@ -346,9 +365,13 @@ class _Log:
 
 
 async def _tail(client: Any, job: str, log: _Log) -> None:
-    """Prints what is new of the job's log until the connection ends."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
+    """Prints what is new of the job's log until the connection ends, or brings nothing for `_SILENCE`."""
+    seen, parts = 0, aiter(client.tail_job_logs(job))
+    while True:
+        try:
+            text = await asyncio.wait_for(anext(parts), _SILENCE)
+        except (StopAsyncIteration, TimeoutError):
+            return
         new = text[max(log.printed - seen, 0) :]
         seen += len(text)
         if new:

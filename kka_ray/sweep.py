@@ -38,7 +38,7 @@ from kka_ray.config import dump, load
 from kka_ray.config.models import RunConfig
 from kka_ray.config.sweep import Sweep, SweepConfig, Trial, champion_config, short
 from kka_ray.data import open_data
-from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError
+from kka_ray.errors import ConfigError, KkaError, ResourceError, StageError, StoreError
 from kka_ray.experiment import (
     ANOTHER_NAME,
     absolute,
@@ -81,6 +81,8 @@ class Outcome:
     outputs: list[list[str]] = field(default_factory=list)
     mlflow: str | None = None
     error: str | None = None
+    interrupted: bool = False
+    """Whether it failed for a fault of the storage or the cluster: the same command may come to its end."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def run(
 ) -> SweepResult:
     """Runs a sweep to its end; `say` hears warnings, `note` a line a finished trial.
 
-    A failed trial is a row with its error; the others go on. Raises StageError if every trial failed, and KkaError for
-    what a user can mend.
+    A failed trial is a row with its error; the others go on. Raises StageError if every trial failed, ResourceError
+    after the last one if the storage or the cluster let one down, and KkaError for what a user can mend. The test
+    images are for the champion of trials that all had their chance.
     """
     base = absolute(sweep.base)
     with places.opened(places.below(base.output, sweep.config.name), "config.yaml", "sweep.yaml") as place:
@@ -179,6 +182,11 @@ def _run(
             # As it was written: its name is not to change with the folder that the sweep is started in.
             chosen = champion_config(sweep, sweep.trials[result.best.number])
             _write(place, result, sweep, chosen, store.used)
+            if broken := [o for o in outcomes if o.interrupted]:
+                raise ResourceError(
+                    f"{amount(len(broken), 'trial')} of {len(outcomes)} did not come to an end, trial "
+                    f"{broken[0].number}: {broken[0].error}. The same command goes on; until then there is no champion"
+                )
             if sweep.config.champion_evaluation:
                 champion = run_experiment(chosen, progress, say, verbose=verbose, parent=parent).summary
                 result = replace(result, champion=champion, wall_seconds=_since(started))
@@ -287,6 +295,7 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
     result: LoopResult | None = None
     aucs: list[float] = []
     error: str | None = None
+    interrupted = False
     try:
         prepared = prepare(config, store)
         with closing(Pools(config, store.uri)) as pools:
@@ -294,6 +303,7 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
         aucs = validation_auc(config, store, prepared, result, reference)
     except KkaError as failure:
         error = f"{type(failure).__name__}: {failure}"
+        interrupted = isinstance(failure, (ResourceError, StoreError, BudgetError))
     outputs = sorted(store.used)
     made, found = count_outputs(outputs, before)
     return Outcome(
@@ -309,6 +319,7 @@ def measure(trial: Trial, config: RunConfig, reference: Reference, mlflow_run: s
         [list(o) for o in outputs],
         mlflow_run,
         error,
+        interrupted,
     )
 
 

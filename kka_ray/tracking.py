@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,9 +71,9 @@ def _reaching(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        text = _without_password(" ".join(str(error).split()))[:300]
+        text = " ".join(str(error).split())[:300]
         raise ResourceError(
-            f"MLflow at {_without_password(uri)} does not take the results (tracking.uri): {type(error).__name__}: "
+            f"MLflow at {uri} does not take the results (tracking.uri): {type(error).__name__}: "
             f"{text}. Start it, or track elsewhere with -o tracking.uri=URI"
         ) from error
 
@@ -87,10 +86,6 @@ def unless_unreachable() -> Iterator[None]:
         yield
     except ResourceError as error:
         _log.warning("%s", error)
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def log_run(config: RunConfig, summary: Mapping[str, Any], folder: Path, parent: str | None = None) -> str:
@@ -217,11 +212,10 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     """
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":
-        where = _without_password(uri)
         command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
         raise ResourceError(
-            f"the experiment {name!r} in MLflow at {where} was deleted, and takes no runs. Restore it "
-            f"(`MLFLOW_TRACKING_URI={shlex.quote(where)} {command}`), or set tracking.experiment to another name"
+            f"the experiment {name!r} in MLflow at {uri} was deleted, and takes no runs. Restore it "
+            f"(`MLFLOW_TRACKING_URI={shlex.quote(uri)} {command}`), or set tracking.experiment to another name"
         )
     if found is not None:
         return str(found.experiment_id)

@@ -204,12 +204,11 @@ def test_every_arm_is_fitted_to_what_its_name_says(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(held(by_arm["drawn_normals"]["anomalies"]), own.features.pooled[:3])
     noise = sources.make("noise", train_set.images, 3, config.seed)
     np.testing.assert_array_equal(held(by_arm["noise"]["anomalies"]), FakeBackbone().extract(noise, False).pooled)
-    # Drawn normals train beside the real ones where drawn anomalies do, and those that measure do not.
+    # Drawn normals train beside the real ones, but for the arm that has them for anomalies.
     both = np.concatenate([prepared.train.pooled, own.features.pooled[TRAINED]])
-    for name in ("zeroth", "kka"):
+    for name in ("zeroth", "kka", "noise"):
         np.testing.assert_array_equal(held(by_arm[name]["train"]), both)
-    for name in ("noise", "drawn_normals"):
-        np.testing.assert_array_equal(held(by_arm[name]["train"]), prepared.train.pooled)
+    np.testing.assert_array_equal(held(by_arm["drawn_normals"]["train"]), prepared.train.pooled)
     (calibrated_on,) = validation
     np.testing.assert_array_equal(held(calibrated_on), FakeBackbone().extract(held_out.images, False).pooled)
     assert by_arm["kka"]["weights"] == (1, 3, 1)

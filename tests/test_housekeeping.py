@@ -244,6 +244,10 @@ def test_a_wrong_folder_of_runs_does_not_empty_a_store_elsewhere(tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(DataError, match="holds no run"):
         collect(tmp_path / "runs", store.uri, delete=True)
+    _run(tmp_path / "runs", "of-another-store", [])
+    with pytest.raises(DataError, match=r"holds no run of .*shared"):
+        collect(tmp_path / "runs", store.uri, delete=True)
+    assert store.has("fit", key)
     with pytest.raises(DataError, match="there is no folder"):
         collect(tmp_path / "run", store.uri, delete=True)
     with pytest.raises(DataError, match="there is no store"):

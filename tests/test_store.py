@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from kka_ray.errors import ResourceError, StoreError
-from kka_ray.store import Attempt, Store, stage_key
+from kka_ray.store import Attempt, Output, Store, stage_key
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -143,6 +143,25 @@ def test_of_two_attempts_the_first_stays_and_the_other_is_discarded(store: Store
     assert left == {first.name, "committed.json"}
     store.remove("stage", key)
     assert store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"new")).read("file") == b"new"
+
+
+def test_an_output_stays_though_reading_it_back_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marker may be there, whatever is raised: without its files the output could never be read."""
+    find, asked = store.find, []
+
+    def unreachable(stage: str, key: str) -> Output | None:
+        asked.append(key)
+        if find(stage, key) is not None:
+            raise StoreError("the storage does not answer")
+        return find(stage, key)
+
+    monkeypatch.setattr(store, "find", unreachable)
+    with pytest.raises(StoreError, match="does not answer"):
+        store.get_or_make("stage", 1, {}, lambda a: a.write("file", b"content"))
+    monkeypatch.undo()
+    again = store.get_or_make("stage", 1, {}, lambda a: pytest.fail("it is there"))
+    assert again.key in asked
+    assert again.read("file") == b"content"
 
 
 def test_a_cut_marker_is_replaced(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -183,6 +184,22 @@ def test_a_sweep_whose_run_is_a_file_can_be_submitted(
     assert load_sweep(file, overrides).base.output == str(tmp_path / "runs")
     shared = tuple(f"run.{o}" for o in SHARED)
     assert "run.output=/shared/kka" in entry(Submission("sweep", file, shared, repository), here=False)
+
+
+def test_a_swept_path_that_the_job_does_not_get_is_refused(repository: Path) -> None:
+    file = repository / "swept.yaml"
+
+    def given(*pipelines: str) -> str:
+        parameters = {"render.pipeline": {"grid": ["builtin:flowers", *pipelines]}}
+        file.write_text(yaml.safe_dump({"name": "s", "run": "run.yaml", "parameters": parameters}))
+        return entry(Submission("sweep", file, tuple(f"run.{o}" for o in SHARED), repository), here=False)
+
+    for pipeline in ("hub:org/name", "/shared/pipeline"):
+        assert "swept.yaml" in given(pipeline)
+    for here in (repository / "renderers" / "mine", repository / "runs" / "mine"):
+        here.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"'renderers/mine' in trial 1 .*not uploaded.*absolute path"):
+        given("renderers/mine")
 
 
 def test_local_models_and_images_are_made_absolute_or_refused_where_they_are_not_uploaded(
@@ -635,6 +652,26 @@ def test_connections_that_a_proxy_ends_for_their_silence_are_not_lost(
     monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: now, sleep=lambda seconds: None))
     assert send(Quiet("log\n", breaks=(0,) * 20)) == 0
     assert "log\n" in said(console)
+
+
+def test_a_connection_that_died_without_a_word_is_made_anew(
+    send: Callable[[FakeClient], int], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "_SILENCE", 0.05)
+
+    class Dead(FakeClient):
+        connections = 0
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.connections += 1
+            self.status = "SUCCEEDED" if self.connections > 2 else "RUNNING"
+            yield self.log[: 4 * self.connections]
+            await asyncio.sleep(3600)
+
+    client = Dead("a log of some length\n")
+    assert send(client) == 0
+    assert client.connections == 3
+    assert "a log of som" in said(console)
 
 
 def test_a_cluster_that_does_not_say_how_the_job_is_is_asked_again(

@@ -69,7 +69,8 @@ def zeroth(count: int = 80, labels: tuple[str, ...] = LABELS, kept: tuple[str, .
     none = np.zeros((0, 2), np.float32)
     audit = JudgeResult(verdicts, {}, None, LatentMap(none, none, none, none))
     rounds = [played(0, descriptions, [KeptImage(k, 0) for k in kept])]
-    return LoopResult([], rounds, audit, {v.id: v for v in verdicts})
+    normals = drawn([f"n{i:03d}" for i in range(12)])
+    return LoopResult([], rounds, audit, {v.id: v for v in verdicts}, normals=normals)
 
 
 def test_the_reference_holds_the_hard_and_between_images_and_withholds_all_that_was_written() -> None:
@@ -159,11 +160,17 @@ def test_the_objective_weighs_real_and_drawn_normals_alike_however_many_there_ar
 
 def test_drawn_normals_that_train_detectors_do_not_measure_them() -> None:
     result = zeroth()
-    result.normals = drawn([f"n{i:03d}" for i in range(7)])
-    result.normals.features = Features(np.arange(14, dtype=np.float32).reshape(7, 2))
+    result.normals.features = Features(np.arange(24, dtype=np.float32).reshape(12, 2))
     config = RunConfig.model_validate({"name": "x", "data": {"kind": "flowers"}, "detect": {"drawn_normals": True}})
-    assert [int(image[0, 0, 0]) for image in reference_of(result).normals] == [1, 3, 5]
-    assert unseen_drawn_normals(config, result).pooled.tolist() == [[2, 3], [6, 7], [10, 11]]
+    assert [int(image[0, 0, 0]) for image in reference_of(result).normals] == [1, 3, 5, 7, 9, 11]
+    assert unseen_drawn_normals(config, result).pooled[:, 0].tolist() == [2, 6, 10, 14, 18, 22]
+
+
+def test_few_drawn_normals_are_no_measure() -> None:
+    result = zeroth()
+    result.normals = drawn([f"n{i:03d}" for i in range(9)])
+    with pytest.raises(StageError, match=r"4 drawn normals .* fewer than 5.*run\.render\.normals to 10"):
+        reference_of(result)
 
 
 @pytest.mark.skipif(not assets.is_present("builtin:efficientnet-lite0"), reason="the backbone is not installed")
@@ -196,6 +203,8 @@ def test_a_trial_is_measured_with_detectors_of_its_kept_set_alone(
         shown = noise[: len(round_.drawn.ids)]
         round_.drawn.renderings = drawn_of(round_.drawn.ids, shown, round_.drawn.features).renderings
     first.drawn.features = prepared.backbone.extract(noise, prepared.patches)
+    shown = list(prepared.normals.train.images[:4])
+    apart.normals = drawn_of([f"n{i}" for i in range(4)], shown, prepared.train.take(range(4)))
     reference = reference_of(apart)
     kept = [KeptImage(d.id, 0, "hard") for d in first.descriptions if not reference.withholds(d)]
     first.kept.extend(kept)
@@ -609,6 +618,17 @@ def test_the_name_of_a_sweep_that_began_no_trial_is_free_for_it_when_mended(
     with pytest.raises(StageError, match="refused"):
         started(swept())
     assert [f.name for f in folder.iterdir()] == ["sweep.yaml"], "its trials had begun"
+
+    def with_a_fault(*_: Any) -> list[Outcome]:
+        broken = Outcome(1, {}, error="ResourceError: the disk is full", interrupted=True)
+        return [Outcome(0, {}, 0.5, [0.5]), broken]
+
+    monkeypatch.setattr(sweep, "run_trials", with_a_fault)
+    monkeypatch.setattr(sweep, "run_experiment", lambda *_, **__: pytest.fail("not all had their chance"))
+    with pytest.raises(ResourceError, match=r"1 trial of 2 .*trial 1: .*the disk is full\. The same command"):
+        started(swept())
+    trials = json.loads((folder / "sweep.json").read_text())["trials"]
+    assert [t["interrupted"] for t in trials] == [False, True]
 
 
 def test_a_sweep_that_cannot_write_says_where(small: Sweep, tmp_path: Path) -> None:

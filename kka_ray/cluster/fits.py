@@ -51,8 +51,12 @@ class SharedTraining(Training):
             part.copy_(total.view_as(part))
 
     def read(self, name: str) -> bytes | None:
-        # Nobody can write a newer one before all have read: the first step needs every worker.
-        return self._checkpoints.read(name)
+        if self._workers == 1:
+            return self._checkpoints.read(name)
+        # One for all: another job with the same fit may write or delete it between two readers.
+        read = [self._checkpoints.read(name) if self._number == 0 else None]
+        dist.broadcast_object_list(read, 0)
+        return read[0]
 
     def keep(self, name: str, content: Callable[[], bytes]) -> None:
         if self._number > 0 or time.monotonic() - self._kept < CHECKPOINT_SECONDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +247,8 @@ def _explain(error: Any, model: type[BaseModel], overridable: bool) -> str:
         kind = _PATTERNS.get(error["ctx"]["pattern"], kind)
     said = _WORDS.get(kind) or error["msg"].removeprefix("Value error, ")
     given = error.get("input")
+    if isinstance(given, str):
+        given = re.sub(r"//[^/@]*@", "//...@", given)  # a URI's password
     shown = f" (got {given!r})" if isinstance(given, str | int | float | None) else ""
     return f"{where}: {said}{shown}" if where else said
 

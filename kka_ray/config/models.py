@@ -762,6 +762,16 @@ class TrackingConfig(Strict):
     uri: str | None = Field(None, description="null: a SQLite file beside the runs, for one machine only")
     experiment: str = "kka"
 
+    @field_validator("uri")
+    @classmethod
+    def _has_no_password(cls, value: str | None) -> str | None:
+        if value and re.search(r"//[^/@]*:[^/@]*@", value):
+            raise ValueError(
+                "it holds a password, and a run's configuration is kept with its results. Set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD where the run starts, for a PostgreSQL database PGPASSWORD"
+            )
+        return value
+
 
 class StoreConfig(Strict):
     """Where stage outputs are kept: a folder or any fsspec URI."""

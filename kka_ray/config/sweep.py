@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from kka_ray.config.loading import config_hash, load, merge, parse, read
-from kka_ray.config.models import IGNORE_ANOMALIES, RunConfig, Strict
+from kka_ray.config.models import IGNORE_ANOMALIES, ClusterConfig, RunConfig, Strict
 from kka_ray.config.strict import NAME
 from kka_ray.errors import ConfigError
 
@@ -200,27 +200,27 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 def points(config: SweepConfig) -> list[dict[str, JsonValue]]:
     """The values of each trial by dotted name: the grid, and at each of its points the random draws.
 
-    A draw depends on the seed, the trial's number and the parameter's name, not on the other parameters. Points that
-    come out equal are there once.
+    A draw depends on the seed, its number, the grid's point and the parameter's name: more draws, or a larger grid,
+    leave the points that were there. Those that come out equal are there once.
     """
     grids = {name: p.grid for name, p in config.parameters.items() if isinstance(p, Grid)}
     out: dict[str, dict[str, JsonValue]] = {}
-    number = 0
-    for values in itertools.product(*grids.values()):
-        for _ in range(config.trials or 1):
+    for number in range(config.trials or 1):
+        for values in itertools.product(*grids.values()):
             fixed = dict(zip(grids, values, strict=True))
+            at = f"{config.seed}|{number}|{json.dumps(fixed, sort_keys=True)}"
             point = {
-                name: fixed[name] if isinstance(p, Grid) else _draw(p, f"{config.seed}|{number}|{name}")
+                name: fixed[name] if isinstance(p, Grid) else _draw(p, f"{at}|{name}")
                 for name, p in config.parameters.items()
             }
             out.setdefault(json.dumps(point, sort_keys=True), point)
-            number += 1
     return list(out.values())
 
 
 def champion_config(sweep: Sweep, trial: Trial) -> RunConfig:
     """A trial's configuration as a run of its own, with a name that changes with its content."""
-    content = config_hash(trial.config.model_copy(update={"name": sweep.config.name}))
+    where = {"name": sweep.config.name, "cluster": ClusterConfig()}  # which the sweep may be gone on with on another
+    content = config_hash(trial.config.model_copy(update=where))
     return trial.config.model_copy(update={"name": f"{sweep.config.name}-champion-{content[:8]}"})
 
 

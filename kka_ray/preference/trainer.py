@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -52,7 +52,9 @@ class PackedDPOTrainer(DPOTrainer):
 
     def train_on(self, folder: Path) -> None:
         """Trains from the last checkpoint on if there is one, which is copied into `folder`."""
-        content = self._checkpoints.read(CHECKPOINT) if self._checkpoints else None
+        # One for all: another job with the same training may write or delete it between two readers.
+        reader = self._checkpoints if self.is_world_process_zero() else None
+        (content,) = broadcast_object_list([reader.read(CHECKPOINT) if reader else None])
         if content is None:
             self.train()
             return

@@ -118,7 +118,7 @@ def histogram(
         parts.append(_line((x(easy), 16), (x(easy), height - bottom), "edge"))
         parts.append(_text(max(x(easy) + 5, named + 10), 12, "easy from here on", "remark start"))
     panels = [
-        (f"validation normals, once a fold ({len(theirs):,})", [("normal", shares(theirs, len(theirs)))]),
+        (f"validation normals ({len(theirs):,})", [("normal", shares(theirs, len(theirs)))]),
         (f"drawn images ({len(ours):,})", [(n, shares(np.asarray(drawn[n], float), len(ours))) for n in LABELS]),
     ]
     for i, (title, layers) in enumerate(panels):

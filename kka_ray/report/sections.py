@@ -81,6 +81,7 @@ def result(run: RunFolder) -> dict[str, Any]:
     title = wording.plain(headline, wording.DETECTORS)
     return {
         "headline": title,
+        "viewed": own.get("normal_views"),
         "ours": wording.ours(run.summary),
         "arms": [{"name": name, "count": counts.get(arm, 0)} for arm, name in names.items()],
         "table": table,
@@ -117,11 +118,11 @@ def lines(run: RunFolder) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     table = []
     for number, row in enumerate(rows):
-        refused = sum(row["rejected"].values())
-        for reason, times in row["rejected"].items():
-            reasons[reason.split(":")[0]] += times
-        table.append({"round": number, "refused": refused, "passed": row["described"] - refused, **row})
-    names = ("described", "passed", "rendered", "failed", "refused", "kept", *LABELS)
+        rejected = {reason: times for reason, times in row["rejected"].items() if reason != "error"}
+        reasons.update(rejected)
+        written, refused = row["described"] - row["rejected"].get("error", 0), sum(rejected.values())
+        table.append({"round": number, "written": written, "refused": refused, "passed": written - refused, **row})
+    names = ("written", "passed", "rendered", "failed", "refused", "kept", *LABELS)
     total = {name: sum(row[name] for row in table) for name in names}
     errors = Counter(r["error"] for r in run.renderings if r["status"] == "failed")
     return {
@@ -178,10 +179,13 @@ def grids(run: RunFolder) -> Rows:
         for label, sign in (("hard", 1), ("easy", -1), ("normal_like", 1))
     }
     images = run.images([v["id"] for verdicts in wanted.values() for v in verdicts[:GRID]])
+    last = f"round-{len(run.summary['rounds']) - 1}"
+    kept_ids = {k["id"] for k in run.kept if k["set"] == last}
     return [
         {
             "label": label,
             "total": len(verdicts),
+            "kept": sum(v["id"] in kept_ids for v in verdicts),
             "tiles": [v | {"text": text[v["id"]], "picture": exact(images[v["id"]], v["id"])} for v in verdicts[:GRID]],
         }
         for label, verdicts in wanted.items()
@@ -217,7 +221,13 @@ def dpo(run: RunFolder) -> dict[str, Any]:
         if by_round:
             shown.append({"title": title, "svg": charts.curves(by_round, title)})
     rejected = wording.listed([f"to {wording.REJECTED[kind]}" for kind in run.config["preference"]["rejected"]])
-    return {"table": table, "charts": shown, "rejected": rejected, "signal": run.summary.get("text_signal", {})}
+    return {
+        "table": table,
+        "rounds": wording.listed([str(row["round"]) for row in table]),
+        "charts": shown,
+        "rejected": rejected,
+        "signal": run.summary.get("text_signal", {}),
+    }
 
 
 def truth(summary: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -165,8 +165,12 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
     kept = amount(sum(summary["kept"].values()), "kept image")
     if kka is None:
         yield f"{detector} trained on normal images alone reaches an AUC of {auc(baseline)} on the test images."
+        others = any("kka" in row for row in summary["detectors"].values())
         if summary["detector"] in IGNORE_ANOMALIES:
-            yield "It ignores anomalies, so the kept images make no difference to it; the table shows the others."
+            shown = "; the table shows the others" if others else ""
+            yield f"It ignores anomalies, so the kept images make no difference to it{shown}."
+        elif zeroth is not None:
+            yield f"With the zero-th set it reaches {auc(zeroth)}; in the end no drawn image was kept."
         else:
             yield "No drawn image was kept, so there is nothing to compare it with."
         return
@@ -175,9 +179,14 @@ def _result(summary: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"{detector} trained on normal images alone reaches an AUC of {auc(baseline)} on the test images."
         yield f"With {ours(summary)}'s {kept} it reaches {auc(kka)}: {_change(baseline, kka)}."
+        if viewed := _controls(summary).get("normal_views"):
+            yield (
+                f"With normals and the views of them that go with the images, but no image, it reaches "
+                f"{auc(viewed)}; from there it is {_change(viewed, kka)}."
+            )
     if zeroth is not None and len(summary["rounds"]) > 1:
         yield f"The zero-th iteration, drawn before any preference training, gives {auc(zeroth)}."
-    controls = _controls(summary)
+    controls = {arm: spread for arm, spread in _controls(summary).items() if arm != "normal_views"}
     if controls:
         name, best = max(controls.items(), key=lambda item: item[1]["mean"])
         gap = kka["mean"] - best["mean"]
@@ -241,7 +250,8 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
     elif not varies(kka):
         yield "Every fit gives the same figure, so nothing is known of the spread: small differences may be chance."
     for name, control in _controls(summary).items():
-        if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"]:
+        perfect = kka["mean"] == 1.0  # there is no other way to get them all right
+        if len(kka["per_seed"]) > 1 and control["per_seed"] == kka["per_seed"] and not perfect:
             yield (
                 f"The control {short(plain(name, ARMS))} has {ours(summary)}'s very figures, seed "
                 "by seed: the images had no part in them, and what differs from normals only is not their doing."
@@ -253,20 +263,29 @@ def _cautions_of_result(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"{ours(summary)}: this run shows no gain from what the language model knows."
             )
     baseline = summary["auc"]["baseline"]
-    if baseline is not None and baseline["mean"] >= kka["mean"]:
-        yield (
-            "The detector that was fitted to normals only does at least as well: the drawn images do not help it here. "
-            "Another detector may make more of them (detect.headline)."
-        )
+    if "normal_views" not in _controls(summary) and baseline is not None:
+        if baseline["mean"] >= kka["mean"]:
+            yield (
+                "The detector that was fitted to normals only does at least as well: the drawn images do not help it "
+                "here. Another detector may make more of them (detect.headline)."
+            )
+        if summary.get("views"):
+            yield (
+                "With the drawn images go views of normals (detect.views), which the detector that was fitted to "
+                "normals only has not: a part of any change is theirs. The control normal_views says how much."
+            )
     if "drawn_normals" not in _controls(summary):
         yield (
             "No control with drawn normals was evaluated: a part of any gain may come from telling drawn images from "
             "the normals' own, whatever they show."
         )
     if zeroth is not None and len(summary["rounds"]) > 1 and zeroth["mean"] >= kka["mean"]:
-        yield "The zero-th iteration does at least as well as the full loop: preference training brought no gain here."
+        yield "The zero-th iteration does at least as well as the full loop: the later rounds brought no gain here."
     if any(count for label, count in summary["kept"].items() if label == "easy"):
-        yield f"{amount(summary['kept']['easy'], 'easy image')} had to fill the kept set: there were too few others."
+        yield (
+            f"The kept set holds {amount(summary['kept']['easy'], 'easy image')}: there were too few others, or (with "
+            "loop.mode=add, which lets none go) they were kept before they were found easy."
+        )
 
 
 def _cautions_of_threshold(summary: Mapping[str, Any]) -> Iterator[str]:

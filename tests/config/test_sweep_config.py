@@ -66,6 +66,18 @@ def test_another_parameter_does_not_change_the_draws_of_the_first() -> None:
     assert betas() == betas(**{"confusion.gap": {"uniform": [0, 1]}})
 
 
+def test_a_larger_sweep_tries_the_points_of_the_smaller_one_too() -> None:
+    def tried(trials: int, *rounds: int) -> list[dict[str, Any]]:
+        parameters = {"loop.rounds": {"grid": list(rounds)}, "preference.beta": {"uniform": [0.1, 0.2]}}
+        return points(SweepConfig.model_validate({"name": "s", "run": "r", "parameters": parameters, "trials": trials}))
+
+    first = tried(2, 0, 1, 2)
+    assert tried(3, 0, 1, 2)[: len(first)] == first
+    wider = tried(2, 0, 3, 1, 2)
+    assert all(point in wider for point in first)
+    assert len({p["preference.beta"] for p in wider}) == 8
+
+
 def test_equal_points_are_there_once_and_draws_repeat_at_each_point_of_the_grid() -> None:
     parameters = {"loop.rounds": {"grid": [0, 1]}, "loop.mode": {"choice": ["rep"]}}
     config = SweepConfig.model_validate({"name": "s", "run": "r", "parameters": parameters, "trials": 5})

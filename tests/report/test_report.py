@@ -177,7 +177,7 @@ def test_grids_are_in_the_order_they_promise(write_fake_run):
             {"rounds": 1, "trained": False},
             {"was not trained in this run: there was no round after", "One round was run"},
         ),
-        ({"shift": 100.0}, {"No drawn image was hard", "No drawn image was normal-like", "had to fill the kept set"}),
+        ({"shift": 100.0}, {"No drawn image was hard", "No drawn image was normal-like", "there were too few others"}),
         ({"shift": -100.0}, {"No drawn image was easy", "No drawn image was hard"}),
         (
             {"drawable": False, "trained": False},
@@ -417,8 +417,8 @@ def test_says_what_the_normals_of_the_auditor_are(write_fake_run, section, key, 
     config[section][key] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     text = " ".join(render(folder).text.split())
-    assert "validation normals, once a fold (1,200)" in text
-    assert ("both real ones and drawings of normal captions" in text) == drawn
+    assert "validation normals (1,200)" in text
+    assert ("real ones and drawings of normal captions, and either kind counts half" in text) == drawn
     assert ("Every validation normal is there once for each fold" in text) == (not drawn)
 
 
@@ -462,3 +462,33 @@ def test_ticks_are_round(low, high, expected):
 )
 def test_durations(seconds, text):
     assert wording.duration(seconds) == text
+
+
+def test_what_the_views_bring_is_told_from_what_the_images_bring(write_fake_run):
+    folder, summary = write_fake_run()
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text()) | {"views": 4}
+    file.write_text(json.dumps(summary))
+    caution = "a part of any change is theirs. The control normal_views says how much"
+    assert caution in render(folder).text
+    kka = summary["detectors"][summary["detector"]]["kka"]
+    views = {k: kka[k] - 0.01 if k == "mean" else kka[k] for k in kka}
+    views["per_seed"] = [value - 0.01 for value in kka["per_seed"]]
+    summary["detectors"][summary["detector"]]["normal_views"] = views
+    file.write_text(json.dumps(summary))
+    text = render(folder).text
+    assert caution not in text
+    assert re.search(r"but no image, it reaches [\d.]+.*; from there it is a change of \+0\.0100", text)
+    assert "+0.0100 against normals and their views" in text
+
+
+def test_equal_figures_at_the_ceiling_say_nothing_of_the_images(write_fake_run):
+    folder, _ = write_fake_run()
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text())
+    perfect = {"mean": 1.0, "std": 0.0, "per_seed": [1.0, 1.0, 1.0]}
+    for arm in ("kka", "noise"):
+        summary["detectors"][summary["detector"]][arm] = perfect
+    summary["auc"]["kka"] = perfect
+    file.write_text(json.dumps(summary))
+    assert "very figures, seed by seed" not in render(folder).text
