@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SQLITE = "sqlite:///"
 """How the URI of a SQLite file begins."""
 
 
+_METRICS, _PARAMS = 500, 100
+"""At most in one request: MLflow takes 1,000 and 100."""
 _QUICK = "2"
 """Retries of a request that only asks whether a server is there; MLflow's own number takes minutes."""
 
@@ -106,19 +109,14 @@ def _log_run(uri: str, config: RunConfig, summary: Mapping[str, Any], folder: Pa
     if parent:
         tags["mlflow.parentRunId"] = parent
     run = client.create_run(experiment, tags=tags).info.run_id
-    for name, value in flatten(config.model_dump(mode="json")):
-        client.log_param(run, name, str(value)[:500])
-    for name, value in flatten({k: v for k, v in summary.items() if k not in ("rounds", "versions", "evaluation")}):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            client.log_metric(run, name, float(value))
+    of_run = {k: v for k, v in summary.items() if k not in ("rounds", "versions", "evaluation")}
+    _log_all(client, run, _numbers(of_run), params=flatten(config.model_dump(mode="json")))
     for number, row in enumerate(summary["rounds"]):
         child = client.create_run(
             experiment, tags={"mlflow.runName": f"{config.name}/round-{number}", "mlflow.parentRunId": run}
         ).info.run_id
-        for name, value in flatten(row):
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                client.log_metric(child, name, float(value))
-                client.log_metric(run, f"round/{name}", float(value), step=number)
+        _log_all(client, child, _numbers(row))
+        _log_all(client, run, {f"round/{name}": value for name, value in _numbers(row).items()}, step=number)
         client.set_terminated(child)
     for name in ("summary.json", "config.yaml", "report.html"):
         if (folder / name).is_file():
@@ -138,17 +136,14 @@ def start_run(uri: str, experiment: str, name: str, params: Mapping[str, Any], *
         experiment_id = _experiment(client, experiment, uri)
         tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
         run = client.create_run(experiment_id, tags=tags).info.run_id
-        for key, value in params.items():
-            client.log_param(run, key, str(value)[:500])
+        _log_all(client, run, {}, params=params.items())
     return str(run)
 
 
 def log_metrics(uri: str, run: str, metrics: Mapping[str, float], step: int) -> None:
     """Adds metrics at a step to an open run. Raises ResourceError if the store does not take them."""
     with _reaching(uri):
-        client = _client(uri)
-        for key, value in metrics.items():
-            client.log_metric(run, key, float(value), step=step)
+        _log_all(_client(uri), run, metrics, step=step)
 
 
 def log_artifact(uri: str, run: str, file: Path, folder: str) -> None:
@@ -163,11 +158,29 @@ def end_run(
     """Writes a run's metrics and artifacts and closes it. Raises ResourceError if the store does not take them."""
     with _reaching(uri):
         client = _client(uri)
-        for key, value in metrics.items():
-            client.log_metric(run, key, float(value))
+        _log_all(client, run, metrics)
         for path in artifacts:
             client.log_artifact(run, str(path))
         client.set_terminated(run, "FAILED" if failed else "FINISHED")
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in flatten(values) if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _log_all(
+    client: Any, run: str, metrics: Mapping[str, float], *, params: Iterable[tuple[str, Any]] = (), step: int = 0
+) -> None:
+    """Metrics and parameters in few requests: a server is far away, and there are hundreds."""
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+    given = [Param(name, str(value)[:500]) for name, value in params]
+    for start in range(0, len(rows), _METRICS):
+        client.log_batch(run, metrics=rows[start : start + _METRICS])
+    for start in range(0, len(given), _PARAMS):
+        client.log_batch(run, params=given[start : start + _PARAMS])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
