@@ -15,7 +15,8 @@ pytestmark = [
 ]
 
 _RUN = {k: v for k, v in TINY.items() if k != "name"}
-# More lines and a wider band than the tiny run, as the trials are measured with hard images, and with half of the drawn normals; and few fits.
+# More lines, a wider band and more normals than the tiny run, as trials are measured with hard images and with half of
+# the drawn normals; and few fits.
 _WIDER = {"confusion": {**TINY["confusion"], "lower_quantile": 0.5}, "loop": {**TINY["loop"], "lines": 32}}
 _WIDER |= {"render": {**TINY["render"], "normals": 12}}
 _WIDER |= {"detect": {**TINY["detect"], "detectors": [{"kind": "fused"}], "controls": [], "views": 0}}
