@@ -74,7 +74,8 @@ def _group(name: str, size: PoolConfig, workers: int) -> Any:
 def _had(group: Any, name: str, size: PoolConfig, cluster: ClusterConfig) -> Any:
     """The group once it has its places."""
     try:
-        if group is not None and not group.wait(cluster.start_timeout):
+        # Not `group.wait`: where the cluster's head is slow it has been seen to wait for ever, whatever its timeout.
+        if group is not None and not ray.wait([group.ready()], timeout=cluster.start_timeout)[0]:
             raise not_free(name, size.workers, size.cpus, size.gpus, cluster)
     except BaseException:  # Ctrl-C as well: nobody else knows the group, and it would take its places later
         release(group)

@@ -13,7 +13,7 @@ from kka_ray.config.models import ClusterConfig, PoolConfig
 class Group:
     """A placement group at which Ctrl-C is pressed as it is waited for."""
 
-    def wait(self, seconds: float) -> bool:
+    def ready(self) -> Any:
         raise KeyboardInterrupt
 
 
