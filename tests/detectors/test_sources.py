@@ -134,7 +134,7 @@ def test_an_outside_image_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_every_control_can_be_made_and_is_named():
-    assert set(get_args(Control)) == {*KINDS, "outside", "drawn_normals"} <= set(ARMS)
+    assert set(get_args(Control)) == {*KINDS, "outside", "drawn_normals", "normal_views"} <= set(ARMS)
     with pytest.raises(ValidationError, match="detect.outside"):
         DetectConfig(controls=("outside",))
 
