@@ -174,7 +174,7 @@ def entry(wanted: Submission, *, here: bool) -> str:
                 f"{name} is {given[name]!r}, which a job would write into its upload, a temporary folder of the "
                 f"cluster. Name {_WRITTEN[name]}, as in -o {prefix}{name}={_SHARED.get(name, '/shared/kka')}"
             )
-        elif not Path(value).is_relative_to(folder) or _excluded(Path(value).relative_to(folder).as_posix()):
+        elif not _uploaded(Path(value), folder):
             raise ConfigError(
                 f"{name} is {given[name]!r}, which is not uploaded ({', '.join(EXCLUDES)}). Name a folder that the "
                 f"cluster's nodes share, as in -o {prefix}{name}=/shared/{Path(value).name}"
@@ -191,7 +191,7 @@ def _check_paths(trial: Trial, folder: Path) -> None:
     for name, value in tracking.flatten(absolute(trial.config).model_dump(mode="json")):
         if name not in trial.overrides or given[name] == value:
             continue
-        if not Path(value).is_relative_to(folder) or _excluded(Path(value).relative_to(folder).as_posix()):
+        if not _uploaded(Path(value), folder):
             raise ConfigError(
                 f"{name} is {given[name]!r} in {trial.label}, which is not uploaded ({', '.join(EXCLUDES)}). Name an "
                 "absolute path that the cluster's nodes share"
@@ -210,9 +210,7 @@ def _written(path: str) -> str:
 def _check_uploaded(named: Sequence[Path], file: Path, folder: Path, *, here: bool) -> None:
     """Raises ConfigError if a file that `file` names, relative to itself or absolute, is not there for the job."""
     for name in named:
-        there = (file.parent / name).resolve()
-        uploaded = there.is_relative_to(folder) and not _excluded(there.relative_to(folder).as_posix())
-        if not (here if name.is_absolute() else uploaded):
+        if not (here if name.is_absolute() else _uploaded((file.parent / name).resolve(), folder)):
             raise ConfigError(
                 f"{file} names {name}, which the cluster does not get: uploaded is what lies below {folder} "
                 f"without {', '.join(EXCLUDES)}. Put it there, and name it relative to the file that extends it"
@@ -393,6 +391,11 @@ def _ended(details: Any, job: str, console: Console) -> int:
 
 def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _uploaded(path: Path, folder: Path) -> bool:
+    """Whether an absolute path lies in what the cluster gets of `folder`."""
+    return path.is_relative_to(folder) and not _excluded(path.relative_to(folder).as_posix())
 
 
 def _excluded(relative: str) -> bool:

@@ -58,7 +58,6 @@ REASONS = {
     "too_long": "too long or cut off",
     "malformed": "malformed",
     "empty": "empty",
-    "error": "sampling failed",
 }
 REJECTED = {"easy": "easy ones", "normal_like": "normal-like ones", "guarded": "those that the guard refused"}
 _LITTLE = 0.6
@@ -315,6 +314,9 @@ def _cautions_of_rounds(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"More lines describe the normal class itself ({percent(first['normal_class_rate'])} in round 0, "
                 f"{percent(last['normal_class_rate'])} in the last): the guard stops them, but lines are wasted."
             )
+    unwritten = sum(row["rejected"].get("error", 0) for row in rounds)
+    if unwritten:
+        yield f"{amount(unwritten, 'line')} could not be written."
     failed = sum(row["failed"] for row in rounds)
     if failed > 0.02 * sum(row["rendered"] + row["failed"] for row in rounds):
         yield f"{amount(failed, 'image')} could not be drawn."
