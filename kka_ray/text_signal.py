@@ -50,8 +50,7 @@ def told(embedded: np.ndarray, hardness: np.ndarray, hard: np.ndarray, others: n
     if len(hardness) >= LEAST and np.ptp(hardness) > 0:
         folds = KFold(FOLDS, shuffle=True, random_state=0)
         found = cross_val_predict(RidgeCV(np.logspace(-2, 3, 11)), embedded, hardness, cv=folds)
-        tested = [rows for _, rows in folds.split(embedded)]
-        pairs = [(hardness[rows], found[rows]) for rows in tested]
+        pairs = [(hardness[rows], found[rows]) for _, rows in folds.split(embedded)]
         within = [spearmanr(*pair).statistic for pair in pairs if all(np.ptp(values) > 0 for values in pair)]
         out["spearman"] = float(np.mean(within)) if within else None
     if min(hard.sum(), others.sum()) >= LEAST:

@@ -115,8 +115,9 @@ def _log_run(uri: str, config: RunConfig, summary: Mapping[str, Any], folder: Pa
         child = client.create_run(
             experiment, tags={"mlflow.runName": f"{config.name}/round-{number}", "mlflow.parentRunId": run}
         ).info.run_id
-        _log_all(client, child, _numbers(row))
-        _log_all(client, run, {f"round/{name}": value for name, value in _numbers(row).items()}, step=number)
+        numbers = _numbers(row)
+        _log_all(client, child, numbers)
+        _log_all(client, run, {f"round/{name}": value for name, value in numbers.items()}, step=number)
         client.set_terminated(child)
     for name in ("summary.json", "config.yaml", "report.html"):
         if (folder / name).is_file():
